@@ -1,0 +1,362 @@
+"""From a resolved recipe to a finished run, top to bottom."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from attrs import frozen
+
+from lorakit.adapters import (
+    adapter_config,
+    adapter_tensors,
+    apply_adapter,
+    group_by_layer,
+    load_adapter_tensors,
+    write_adapter,
+)
+from lorakit.atomic import write_file
+from lorakit.base_model import BaseModel, load_weights, open_base_model, resolve_device
+from lorakit.blocks import checkpoint_blocks, compile_blocks
+from lorakit.data.batches import BatchPlan
+from lorakit.data.dataset import Dataset, load_dataset
+from lorakit.data.tokenizer import Tokenizer
+from lorakit.errors import Interrupted, UserError
+from lorakit.interrupts import stop_on_signals
+from lorakit.logs import LoggerGroup
+from lorakit.merging import merge_adapter
+from lorakit.progress import TerminalProgress
+from lorakit.protocols import Precision, Progress, RunInfo, Snapshot, SnapshotStore
+from lorakit.recipes import Recipe
+from lorakit.run_directory import (
+    ADAPTER,
+    MERGED,
+    RECIPE,
+    check_resumable,
+    free_output,
+)
+from lorakit.runtime import tune_process
+from lorakit.samples import Samples
+from lorakit.schedule import lr_factor
+from lorakit.state import (
+    TrainState,
+    flatten_optimizer,
+    generator_states,
+    restore_generators,
+    unflatten_optimizer,
+)
+from lorakit.train import Limits, Result, train, trainable_parameters
+
+
+@frozen
+class Run:
+    """Everything a run is made of, before its first step.
+
+    Attributes:
+        recipe: With its output decided.
+        device: Where it runs.
+        precision: Its dtypes.
+        base: The base model, with its adapter on.
+        tokenizer: With the template training uses.
+        adapted: Dotted names of the adapted layers.
+        dataset: Tokenized.
+        plan: The order of the data.
+        total_steps: Optimizer steps of the whole run.
+        notices: What the user should read before it starts.
+    """
+
+    recipe: Recipe
+    device: torch.device
+    precision: Precision
+    base: BaseModel
+    tokenizer: Tokenizer
+    adapted: list[str]
+    dataset: Dataset
+    plan: BatchPlan
+    total_steps: int
+    notices: list[str]
+
+    @property
+    def parameters(self) -> tuple[int, int]:
+        """Trained parameters, and all."""
+        model = self.base.model
+        trained = sum(p.numel() for p in trainable_parameters(model))
+        return trained, sum(p.numel() for p in model.parameters())
+
+    def snapshot_config(self) -> dict[str, Any]:
+        """adapter_config.json."""
+        adapter = self.recipe.adapter
+        return adapter_config(adapter.record, adapter.options, self.adapted, str(self.base.path))
+
+
+def run_recipe(recipe: Recipe, *, resume: bool = False, fixed_output: bool = False) -> Result:
+    """Trains a resolved recipe and writes its run directory.
+
+    Args:
+        recipe: See `lorakit.recipes.resolve_recipe`.
+        resume: Continue the run in the output directory, from its last checkpoint.
+        fixed_output: The user named the output directory: it is an error for it to hold another
+            run.  Else the next free name beside it is taken.
+
+    Raises:
+        UserError: The recipe's data, model or output is wrong.
+        RunError: The run failed.
+        Interrupted: A signal stopped it; it was saved.
+    """
+    store = _open_store(recipe)
+    if resume:
+        check_resumable(recipe, store)
+    else:
+        recipe = recipe.with_output(free_output(recipe.output, fixed_output))
+        store = _open_store(recipe)
+    progress = TerminalProgress()
+    run = assemble(recipe, progress)
+    state = TrainState()
+    optimizer = recipe.optimizer.record.build(
+        trainable_parameters(run.base.model), recipe.optimizer.options
+    )
+    if resume and store.steps():
+        _restore(run, optimizer, state, store)
+    write_file(recipe.output / RECIPE, recipe.text().encode())
+
+    sinks = {s.name: s.record.open(recipe.output, s.options) for s in recipe.loggers}
+    with LoggerGroup(sinks) as log:
+        _announce(run, log)
+        samples = Samples(recipe.samples, recipe.output, run.base.model, run.tokenizer)
+        samples.before(log, resumed=state.step > 0)
+        trained, everything = run.parameters
+        log.start(
+            RunInfo(
+                recipe.name, recipe.output, recipe, state.step, run.total_steps, trained, everything
+            )
+        )
+        _fit(run, optimizer, state, store, log, progress)
+        log.finish()
+        _write_results(run, progress)
+        samples.after(log)
+        log.notice(_summary(run, state))
+    return Result(recipe.output, state.step, state.loss)
+
+
+def assemble(recipe: Recipe, progress: Progress, *, weights: bool = True) -> Run:
+    """Builds the run: data, meta model, streamed weights, adapter.
+
+    Args:
+        recipe: Resolved.
+        progress: Shows what takes long.
+        weights: False leaves the base model on the meta device, for a dry run.
+    """
+    device = resolve_device(recipe.run.device)
+    tuned = tune_process(device)
+    precision = recipe.precision.record.resolve(device, recipe.precision.options)
+    base = open_base_model(recipe.model.options.path, recipe.catalog, progress, family=recipe.model)
+    data = recipe.data.options
+    tokenizer = base.tokenizer.with_template(data.chat_template)
+    dataset = load_dataset(recipe.data.record, data, tokenizer, progress)
+    if weights:
+        load_weights(
+            base,
+            device=device,
+            precision=precision,
+            progress=progress,
+            quantization=recipe.quantization,
+        )
+    # From here on every random number follows from the seed: the adapter's start, dropout.
+    torch.manual_seed(recipe.run.seed)
+    adapter = recipe.adapter
+    adapted = apply_adapter(base.model, adapter.record, adapter.options, precision.adapter)
+    base.model.train()
+    training = recipe.training
+    if training.activation_checkpointing:
+        checkpoint_blocks(base.causal_lm)
+    if training.compile:
+        compile_blocks(base.causal_lm)
+    plan = BatchPlan(
+        dataset=dataset,
+        seed=recipe.run.seed,
+        batch_size=training.batch_size,
+        window=training.gradient_accumulation_steps,
+        packed_length=data.max_seq_len if data.packed else 0,
+        shuffle=data.shuffle,
+    )
+    total = sum(plan.steps(epoch) for epoch in range(training.epochs))
+    total = min(total, training.max_steps) if training.max_steps else total
+    notices = [n for n in (tuned, precision.notice) if n]
+    if recipe.schedule.warmup_steps >= total:
+        notices.append(
+            f"schedule.warmup_steps: {recipe.schedule.warmup_steps} is not less than the run's "
+            f"{total} steps; the learning rate never reaches its peak"
+        )
+    return Run(recipe, device, precision, base, tokenizer, adapted, dataset, plan, total, notices)
+
+
+def describe(run: Run) -> list[str]:
+    """What is about to happen, a line each."""
+    trained, everything = run.parameters
+    name = run.recipe.adapter.name
+    training = run.recipe.training
+    return [
+        f"model: {run.base.path}, {run.base.family.name}, {run.device}",
+        f"{name}: training {trained:,} of {everything:,} parameters "
+        f"({trained / everything:.2%}), in {len(run.adapted)} linear layers",
+        run.dataset.report.sentence(run.recipe.data.options.max_seq_len),
+        f"run: {run.total_steps:,} steps of {training.batch_size} x "
+        f"{training.gradient_accumulation_steps} rows -> {run.recipe.output}",
+        *run.notices,
+    ]
+
+
+def _announce(run: Run, log: LoggerGroup) -> None:
+    for line in describe(run):
+        log.notice(line)
+
+
+def _open_store(recipe: Recipe) -> SnapshotStore:
+    section = recipe.checkpointer
+    store: SnapshotStore = section.record.open(recipe.output, section.options)
+    return store
+
+
+def _fit(
+    run: Run,
+    optimizer: torch.optim.Optimizer,
+    state: TrainState,
+    store: SnapshotStore,
+    log: LoggerGroup,
+    progress: Progress,
+) -> None:
+    recipe = run.recipe
+    peak = recipe.optimizer.options.lr
+    keep = recipe.checkpointer.options
+
+    def save(state: TrainState) -> None:
+        store.save(_snapshot(run, optimizer, state))
+
+    def epoch_done(state: TrainState) -> None:
+        last = state.epoch == recipe.training.epochs
+        if keep.save_merged_each_epoch and not last:
+            _merge(run, recipe.output / f"{MERGED}-epoch-{state.epoch}", progress)
+
+    with stop_on_signals() as stop:
+        train(
+            run.base.causal_lm,
+            run.plan,
+            optimizer,
+            lambda step: peak * lr_factor(step, run.total_steps, recipe.schedule),
+            run.precision,
+            state,
+            Limits(recipe.training.epochs, run.total_steps, keep.every_steps),
+            device=run.device,
+            max_grad_norm=recipe.training.max_grad_norm,
+            log=log,
+            save=save,
+            epoch_done=epoch_done,
+            stop=stop,
+        )
+    if stop.is_set() and state.step < run.total_steps:
+        raise Interrupted(
+            f"stopped at step {state.step} of {run.total_steps}, saved in {recipe.output}; "
+            f"go on with --resume --output {recipe.output}"
+        )
+
+
+def _snapshot(run: Run, optimizer: torch.optim.Optimizer, state: TrainState) -> Snapshot:
+    tensors, optimizer_rest = flatten_optimizer(optimizer)
+    return Snapshot(
+        state.step,
+        adapter_tensors(run.base.model, run.adapted),
+        run.snapshot_config(),
+        {**tensors, **generator_states(run.device)},
+        {
+            "train": state.to_json(),
+            "optimizer": optimizer_rest,
+            "precision": run.precision.state(),
+            "data": _fingerprint(run.dataset),
+        },
+    )
+
+
+def _restore(
+    run: Run, optimizer: torch.optim.Optimizer, state: TrainState, store: SnapshotStore
+) -> None:
+    snapshot = store.load(store.steps()[-1])
+    if snapshot.state["data"] != _fingerprint(run.dataset):
+        raise UserError(
+            f"{run.recipe.output}: the data is not what the run was started with",
+            "Put the data file back as it was, or start a new run with another --output.",
+        )
+    load_adapter_tensors(run.base.model, run.adapted, snapshot.adapter, run.recipe.output)
+    unflatten_optimizer(optimizer, snapshot.tensors, snapshot.state["optimizer"])
+    run.precision.restore(snapshot.state["precision"])
+    saved = TrainState.from_json(snapshot.state["train"])
+    for name in ("step", "epoch", "cursor", "tokens", "trained_tokens", "loss"):
+        setattr(state, name, getattr(saved, name))
+    # Last, since building and loading may have drawn random numbers.
+    restore_generators(snapshot.tensors, run.device)
+
+
+def _fingerprint(dataset: Dataset) -> str:
+    """A hash over all tokens and labels, in order."""
+    digest = hashlib.sha256()
+    for example in dataset.examples:
+        digest.update(json.dumps([example.ids, example.trained]).encode())
+    return digest.hexdigest()
+
+
+def _write_results(run: Run, progress: Progress) -> None:
+    """Writes what the run leaves behind."""
+    write_adapter(
+        run.recipe.output / ADAPTER,
+        adapter_tensors(run.base.model, run.adapted),
+        run.snapshot_config(),
+        files=run.tokenizer.files,
+        origin=_origin(run.recipe),
+    )
+    if run.recipe.checkpointer.options.save_merged:
+        _merge(run, run.recipe.output / MERGED, progress)
+
+
+def _origin(recipe: Recipe) -> Mapping[str, Any]:
+    return {"model": {"name": recipe.model.name, "path": recipe.model.options.path}}
+
+
+def _merge(run: Run, directory: Path, progress: Progress) -> None:
+    adapter = run.recipe.adapter
+    flat = adapter_tensors(run.base.model, run.adapted)
+    merge_adapter(
+        run.base.checkpoint,
+        adapter.record,
+        adapter.options,
+        group_by_layer(flat, adapter.record.parameter_prefix, directory),
+        directory,
+        files=run.tokenizer.files,
+        progress=progress,
+        replace=True,
+    )
+
+
+def _summary(run: Run, state: TrainState) -> str:
+    output = run.recipe.output
+    lines = [
+        f"done: {state.step} steps, {state.tokens:,} tokens, last loss {state.loss:.4f}",
+        f"  adapter:         {output / ADAPTER}",
+    ]
+    if run.recipe.checkpointer.options.save_merged:
+        lines.append(f"  merged model:    {output / MERGED}")
+    else:
+        lines.append(f"  merge it:        lorakit merge {output} --output {output / MERGED}")
+    lines.append(f'  ask it yourself: lorakit generate {output} --prompt "What is lorakit?"')
+    return "\n".join(lines)
+
+
+def dry_run(recipe: Recipe) -> list[str]:
+    """Everything a run does before it loads weights; what it found, a line each.
+
+    Raises:
+        UserError: As `run_recipe` would.
+    """
+    return describe(assemble(recipe, TerminalProgress(), weights=False))

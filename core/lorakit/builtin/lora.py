@@ -1,0 +1,189 @@
+"""LoRA, rsLoRA and DoRA over any linear layer, in PEFT's format.
+
+References: Hu et al. 2021, arXiv 2106.09685 (LoRA); Kalajdzievski 2023, arXiv 2312.03732
+(rsLoRA); Liu et al. 2024, arXiv 2402.09353 (DoRA).  File format: Hugging Face PEFT's
+adapter_config.json and adapter_model.safetensors.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from attrs import field, frozen
+from attrs.validators import and_, ge, gt, lt
+
+from lorakit.errors import UserError, did_you_mean, listing
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+ALL_LINEAR = "all-linear"
+
+
+@frozen(kw_only=True)
+class LoRAOptions:
+    """`[adapter]` with `name = "lora"`.
+
+    Attributes:
+        rank: r, the width of the update.
+        alpha: The update is scaled by alpha/r, or by alpha/sqrt(r) with rslora.
+        dropout: Share of the input dropped on its way into the adapter, in training.
+        targets: `all-linear` (every linear layer but the head); a list of names or name
+            endings (`q_proj`, `layers.0.mlp.up_proj`); or a regex over the whole dotted name.
+        rslora: Scale by alpha/sqrt(r).
+        dora: Train each output row's length apart from its direction.
+    """
+
+    rank: int = field(default=8, validator=ge(1))
+    alpha: float = field(default=16.0, validator=gt(0.0))
+    dropout: float = field(default=0.0, validator=and_(ge(0.0), lt(1.0)))
+    targets: str | tuple[str, ...] = ALL_LINEAR
+    rslora: bool = False
+    dora: bool = False
+
+    @property
+    def scale(self) -> float:
+        return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
+
+
+def targets(options: LoRAOptions, linears: Sequence[str]) -> list[str]:
+    """The linear layers to wrap; `linears` has the head last.
+
+    Raises:
+        UserError: A target matches no linear layer; the message lists what exists.
+    """
+    if options.targets == ALL_LINEAR:
+        return list(linears[:-1])
+    if isinstance(options.targets, str):
+        return _matching(options.targets, linears)
+    wanted = [(t, [n for n in linears if n == t or n.endswith(f".{t}")]) for t in options.targets]
+    unmatched = [target for target, names in wanted if not names]
+    if unmatched or not wanted:
+        raise _no_match(unmatched, linears)
+    chosen = {name for _, names in wanted for name in names}
+    return [name for name in linears if name in chosen]
+
+
+def _matching(pattern: str, linears: Sequence[str]) -> list[str]:
+    """A single string is a name ending, or a regex over the whole name (as PEFT has it)."""
+    try:
+        regex = re.compile(pattern)
+    except re.error as error:
+        raise UserError(f"adapter.targets: not a valid regex: {pattern!r}: {error}") from None
+    names = [n for n in linears if n.endswith(f".{pattern}") or regex.fullmatch(n)]
+    if not names:
+        raise _no_match([pattern], linears)
+    return names
+
+
+def _no_match(unmatched: Sequence[str], linears: Sequence[str]) -> UserError:
+    endings = list(dict.fromkeys(name.rpartition(".")[2] for name in linears))
+    if not unmatched:
+        return UserError("adapter.targets: the list is empty", f"There is: {listing(endings)}.")
+    hint = did_you_mean(unmatched[0], endings)
+    return UserError(
+        f"adapter.targets: no linear layer matches {listing([repr(u) for u in unmatched])}{hint}",
+        f'There is: {listing(endings)} (such as {linears[0]}), or "{ALL_LINEAR}".',
+    )
+
+
+def wrap(linear: nn.Module, options: LoRAOptions, name: str) -> nn.Module:
+    """`linear` with a LoRA beside it."""
+    from lorakit.builtin.lora_linear import LoRALinear
+
+    return LoRALinear(
+        linear,
+        rank=options.rank,
+        scale=options.scale,
+        dropout=options.dropout,
+        dora=options.dora,
+    )
+
+
+def to_config(options: LoRAOptions, names: Sequence[str]) -> dict[str, Any]:
+    """The LoRA part of adapter_config.json; targets are spelled out, since not every reader
+    knows the `all-linear` shorthand."""
+    alpha = int(options.alpha) if float(options.alpha).is_integer() else options.alpha
+    return {
+        "r": options.rank,
+        "lora_alpha": alpha,
+        "lora_dropout": options.dropout,
+        "target_modules": _target_modules(names),
+        "use_rslora": options.rslora,
+        "use_dora": options.dora,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "init_lora_weights": True,
+        "modules_to_save": None,
+        "rank_pattern": {},
+        "alpha_pattern": {},
+        "layers_to_transform": None,
+        "layers_pattern": None,
+    }
+
+
+def _target_modules(names: Sequence[str]) -> list[str]:
+    """Name endings if they say the same as the full names, else the full names.
+
+    An ending stands for every layer that has it, so it may be used only where all blocks have
+    the same layers adapted.
+    """
+    endings = sorted({n.rpartition(".")[2] for n in names})
+    counts = {e: sum(n.rpartition(".")[2] == e for n in names) for e in endings}
+    return endings if len(set(counts.values())) == 1 and max(counts.values()) > 1 else sorted(names)
+
+
+def from_config(config: Mapping[str, Any]) -> LoRAOptions:
+    """The options an adapter_config.json stands for.
+
+    Raises:
+        UserError: It uses a part of PEFT's format that lorakit does not train.
+    """
+    refused = {
+        "bias": ("none", None),
+        "fan_in_fan_out": (False, None),
+        "modules_to_save": (None, []),
+        "rank_pattern": ({}, None),
+        "alpha_pattern": ({}, None),
+        "layers_to_transform": (None, []),
+        "exclude_modules": (None, []),
+        "trainable_token_indices": (None, [], {}),
+        "lora_bias": (False, None),
+        "target_parameters": (None, []),
+    }
+    for key, accepted in refused.items():
+        if config.get(key) not in accepted:
+            raise UserError(f"adapter_config.json: {key} = {config[key]!r} is not supported")
+    found = config.get("target_modules")
+    if not found or "r" not in config:
+        raise UserError("adapter_config.json: r and target_modules are needed")
+    rank = int(config["r"])
+    return LoRAOptions(
+        rank=rank,
+        alpha=float(config.get("lora_alpha", 8)),
+        dropout=float(config.get("lora_dropout", 0.0)),
+        targets=found if isinstance(found, str) else tuple(found),
+        rslora=bool(config.get("use_rslora", False)),
+        dora=bool(config.get("use_dora", False)),
+    )
+
+
+def merge(weight: Tensor, tensors: Mapping[str, Tensor], options: LoRAOptions, name: str) -> Tensor:
+    """W + s B A, or with DoRA m (W + s B A) / ||W + s B A||, in fp32.
+
+    Args:
+        weight: W `[out, in]`.
+        tensors: `lora_A.weight` `[r, in]`, `lora_B.weight` `[out, r]` and, with DoRA,
+            `lora_magnitude_vector` `[out]`.
+        options: Give s.
+        name: The linear's dotted name, for messages.
+    """
+    a, b = tensors["lora_A.weight"].float(), tensors["lora_B.weight"].float()
+    merged = weight.float().addmm(b, a, alpha=options.scale)
+    if options.dora:
+        magnitude = tensors["lora_magnitude_vector"].float()
+        merged *= (magnitude / merged.norm(dim=1)).unsqueeze(1)
+    return merged

@@ -1,0 +1,66 @@
+"""The command line: thin modules, one a command group.  Nothing here imports torch."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+import click
+
+from lorakit import __version__
+from lorakit.cli.adapters import eval_command, generate, merge
+from lorakit.cli.plugins import plugins
+from lorakit.cli.recipes import recipes
+from lorakit.cli.train import preview, train
+from lorakit.errors import LorakitError, did_you_mean
+
+
+class _Group(click.Group):
+    """Suggests the nearest command for one that does not exist."""
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        if args and self.get_command(ctx, args[0]) is None and not args[0].startswith("-"):
+            hint = did_you_mean(args[0], self.list_commands(ctx))
+            ctx.fail(f"no command {args[0]!r}{hint}")
+        return super().resolve_command(ctx, args)
+
+
+@click.group(
+    cls=_Group,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    epilog="RECIPE is FILE.toml:NAME, or the NAME of a recipe that ships with lorakit.",
+)
+@click.version_option(__version__, prog_name="lorakit")
+def app() -> None:
+    """Fine-tune large language models with LoRA and QLoRA on one device."""
+
+
+for command in (train, recipes, plugins, preview, merge, generate, eval_command):
+    app.add_command(command)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Runs the command line; exit status 0 done, 1 the run failed, 2 the input is wrong,
+    130 interrupted."""
+    try:
+        status = app.main(args=arguments, standalone_mode=False)
+        sys.exit(status if isinstance(status, int) else 0)
+    except click.exceptions.Abort:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except LorakitError as error:
+        word = "lorakit" if error.exit_status == 130 else "error"
+        print(f"{word}: {error}", file=sys.stderr)
+        sys.exit(error.exit_status)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
+    except BrokenPipeError:
+        # The reader (`| head`) has gone; its end is not our failure.
+        sys.stderr.close()
+        sys.exit(0)

@@ -1,0 +1,79 @@
+"""`lorakit merge`, `lorakit generate` and `lorakit eval`."""
+
+from __future__ import annotations
+
+import sys
+
+import click
+
+
+@click.command()
+@click.argument("run_or_adapter")
+@click.option("--output", required=True, metavar="DIR", help="Where the model directory goes.")
+def merge(run_or_adapter: str, output: str) -> None:
+    """Fold an adapter into its base weights, as a Hugging Face model directory."""
+    from pathlib import Path
+
+    from lorakit.trained import merge_trained
+
+    merge_trained(run_or_adapter, Path(output))
+    click.echo(f"wrote {output}")
+
+
+@click.command()
+@click.argument("run_or_adapter_or_model")
+@click.option("--prompt", required=True, metavar="TEXT", help="What to ask; - reads stdin.")
+@click.option("--max-new-tokens", default=256, show_default=True, type=click.IntRange(1))
+@click.option(
+    "--temperature",
+    default=0.0,
+    show_default=True,
+    type=click.FloatRange(0.0, 5.0),
+    help="0 takes the likeliest token each time.",
+)
+@click.option("--seed", default=0, show_default=True, help="Of the draws.")
+@click.option("--device", default="auto", show_default=True)
+def generate(
+    run_or_adapter_or_model: str,
+    prompt: str,
+    max_new_tokens: int,
+    temperature: float,
+    seed: int,
+    device: str,
+) -> None:
+    """Answer TEXT with a trained run, an adapter or a model, through the chat template used in
+    training."""
+    from lorakit.generation import stream_answer
+    from lorakit.trained import load_trained
+
+    text = sys.stdin.read() if prompt == "-" else prompt
+    trained = load_trained(run_or_adapter_or_model, device)
+    pieces = stream_answer(
+        trained.model,
+        trained.tokenizer,
+        text,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        seed=seed,
+    )
+    for piece in pieces:
+        click.echo(piece, nl=False)
+    click.echo()
+
+
+@click.command("eval")
+@click.argument("run_or_adapter_or_model")
+@click.option("--data", required=True, metavar="FILE", help="JSON or JSONL.")
+@click.option(
+    "--format", "form", default="messages", show_default=True, help="The data set format."
+)
+@click.option("--device", default="auto", show_default=True)
+def eval_command(run_or_adapter_or_model: str, data: str, form: str, device: str) -> None:
+    """Loss and perplexity over the trained tokens of a data file."""
+    from lorakit.trained import evaluate, load_trained
+
+    scores = evaluate(load_trained(run_or_adapter_or_model, device), data, form)
+    click.echo(
+        f"loss {scores.loss:.4f}  perplexity {scores.perplexity:.2f}  "
+        f"over {scores.trained_tokens:,} tokens of {scores.rows:,} rows"
+    )

@@ -1,0 +1,53 @@
+"""`lorakit train` and `lorakit preview`."""
+
+from __future__ import annotations
+
+import click
+
+
+@click.command()
+@click.argument("recipe")
+@click.option(
+    "--set",
+    "overrides",
+    metavar="KEY=VALUE",
+    multiple=True,
+    help="Override a key of the recipe, such as training.epochs=2; repeatable.",
+)
+@click.option("--output", metavar="DIR", help="The run directory, instead of the recipe's.")
+@click.option("--resume", is_flag=True, help="Continue the run in the output directory.")
+@click.option("--dry-run", is_flag=True, help="Check everything, show the plan, train nothing.")
+def train(
+    recipe: str, overrides: tuple[str, ...], output: str | None, resume: bool, dry_run: bool
+) -> None:
+    """Train RECIPE: the main job."""
+    from lorakit.recipes import parse_override, resolve_recipe
+
+    resolved = resolve_recipe(
+        recipe, overrides=dict(parse_override(text) for text in overrides), output=output
+    )
+    # Only now, so that a mistake in the recipe is told before torch has loaded.
+    from lorakit.assemble import dry_run as run_dry
+    from lorakit.assemble import run_recipe
+
+    if dry_run:
+        click.echo(resolved.text(), nl=False)
+        for line in run_dry(resolved):
+            click.echo(line)
+        return
+    run_recipe(resolved, resume=resume, fixed_output=output is not None)
+
+
+@click.command()
+@click.argument("recipe")
+@click.option("--set", "overrides", metavar="KEY=VALUE", multiple=True, help="As for train.")
+@click.option("--rows", default=2, show_default=True, help="How many rows to show.")
+def preview(recipe: str, overrides: tuple[str, ...], rows: int) -> None:
+    """Show the data of RECIPE as the model will see it: what is trained, what is cut."""
+    from lorakit.recipes import parse_override, resolve_recipe
+
+    resolved = resolve_recipe(recipe, overrides=dict(parse_override(text) for text in overrides))
+    from lorakit.preview import preview_lines
+
+    for line in preview_lines(resolved, rows, color=click.get_text_stream("stdout").isatty()):
+        click.echo(line)

@@ -1,0 +1,1 @@
+"""From data files to batches: rows -> messages -> tokens and labels -> ordered micro-batches."""

@@ -1,0 +1,125 @@
+"""A data file as tokenized examples, with a report of what was cut or left out."""
+
+from __future__ import annotations
+
+from attrs import define, field, frozen
+
+from lorakit.data.encode import Encoded, encode_example
+from lorakit.data.files import read_rows
+from lorakit.data.tokenizer import Tokenizer
+from lorakit.errors import UserError
+from lorakit.options import DataOptions
+from lorakit.protocols import Progress
+from lorakit.records import DatasetFormat
+
+
+@frozen
+class Dataset:
+    """Tokenized examples in the order of the file.
+
+    Attributes:
+        examples: Those to train on.
+        where: For each, the place in the file it came from.
+        report: What was cut or left out.
+    """
+
+    examples: tuple[Encoded, ...]
+    where: tuple[str, ...]
+    report: Report
+
+
+@define
+class Report:
+    """Counts over a data file.
+
+    Attributes:
+        rows: Rows in the file.
+        tokens: Tokens that remain.
+        trained_tokens: Those of them with a label.
+        truncated: Rows whose end was cut off.
+        dropped: Rows left out because they were too long.
+    """
+
+    rows: int = 0
+    tokens: int = 0
+    trained_tokens: int = 0
+    truncated: int = 0
+    dropped: int = 0
+    lengths: list[int] = field(factory=list, repr=False)
+
+    def sentence(self, max_seq_len: int) -> str:
+        """For the log: what the run trains on."""
+        share = self.trained_tokens / self.tokens if self.tokens else 0.0
+        text = (
+            f"data: {self.rows:,} rows, {self.tokens:,} tokens, of which "
+            f"{self.trained_tokens:,} ({share:.0%}) are trained; longest row {max(self.lengths):,}"
+        )
+        if self.truncated:
+            text += f"; {self.truncated:,} rows cut to {max_seq_len:,} tokens"
+        if self.dropped:
+            text += f"; {self.dropped:,} rows over {max_seq_len:,} tokens left out"
+        return text
+
+
+def load_dataset(
+    form: DatasetFormat, options: DataOptions, tokenizer: Tokenizer, progress: Progress
+) -> Dataset:
+    """Reads and tokenizes the data file of a recipe.
+
+    Raises:
+        UserError: A row is malformed, or has no trained token; the message names the row.
+    """
+    examples: list[Encoded] = []
+    places: list[str] = []
+    report = Report()
+    with progress.task("tokenizing", unit="rows") as task:
+        for row in read_rows(options.path):
+            report.rows += 1
+            task.advance()
+            try:
+                example = form.example(row.values, options)
+                encoded = encode_example(
+                    example, tokenizer, train_on_prompt=options.train_on_prompt
+                )
+            except ValueError as error:
+                raise UserError(f"{row.where}: {error}") from None
+            kept = _fit(encoded, options, row.where, report)
+            if kept is not None:
+                examples.append(kept)
+                places.append(row.where)
+    if not examples:
+        raise UserError(
+            f"{options.path}: no row is left: all {report.rows} are over "
+            f"{options.max_seq_len} tokens",
+            "Raise data.max_seq_len, or set data.too_long to 'truncate'.",
+        )
+    return Dataset(tuple(examples), tuple(places), report)
+
+
+def _fit(encoded: Encoded, options: DataOptions, where: str, report: Report) -> Encoded | None:
+    if not encoded.targets:
+        raise UserError(
+            f"{where}: no token of this row is trained",
+            "Give it an assistant turn that is not empty, or leave the row out.",
+        )
+    if len(encoded) > options.max_seq_len:
+        if options.too_long == "error":
+            raise UserError(
+                f"{where}: {len(encoded)} tokens, but data.max_seq_len is {options.max_seq_len}",
+                "Raise it, or set data.too_long to 'truncate' or 'drop'.",
+            )
+        if options.too_long == "drop":
+            report.dropped += 1
+            return None
+        encoded = encoded.truncated(options.max_seq_len)
+        if not encoded.targets:
+            raise UserError(
+                f"{where}: no trained token is left once the row is cut to "
+                f"{options.max_seq_len} tokens",
+                "Raise data.max_seq_len, or set data.too_long to 'drop'.",
+            )
+        report.truncated += 1
+    report.tokens += len(encoded)
+    report.trained_tokens += encoded.targets
+    report.lengths.append(len(encoded))
+    return encoded

@@ -1,0 +1,70 @@
+"""How lorakit says that something is wrong: where, what, and the nearest fix."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from difflib import get_close_matches
+
+
+class LorakitError(Exception):
+    """Base of all errors lorakit raises on purpose; shown without a traceback."""
+
+    exit_status = 1
+
+
+class UserError(LorakitError):
+    """The user's input is wrong: a recipe, a flag, a file.
+
+    Args:
+        message: Where and what: `data.path: no file runs/x.jsonl`.
+        fix: The nearest fix, a sentence of its own; empty if there is none to offer.
+    """
+
+    exit_status = 2
+
+    def __init__(self, message: str, fix: str = "") -> None:
+        super().__init__(message)
+        self.message = message
+        self.fix = fix
+
+    def __str__(self) -> str:
+        return f"{self.message}\n  {self.fix}" if self.fix else self.message
+
+
+class RecipeError(UserError):
+    """Everything that is wrong with one recipe, at once.
+
+    Args:
+        where: The recipe: `recipes.toml:mistral_7b_qlora`.
+        problems: One line each, starting with the full key.
+    """
+
+    def __init__(self, where: str, problems: Sequence[str]) -> None:
+        self.where = where
+        self.problems = tuple(problems)
+        count = f"{len(self.problems)} problem{'s' if len(self.problems) > 1 else ''}"
+        super().__init__("\n".join([f"{where}: {count}", *(f"  {p}" for p in self.problems)]))
+
+
+class RunError(LorakitError):
+    """The run failed though its input was right."""
+
+
+class Interrupted(LorakitError):
+    """The user stopped the run; it was saved first, and `message` says how to go on."""
+
+    exit_status = 130
+
+
+def did_you_mean(word: str, choices: Iterable[str], cutoff: float = 0.6) -> str:
+    """` (did you mean 'rank'?)` if one of `choices` is near to `word`, else an empty string."""
+    near = get_close_matches(word, list(choices), n=1, cutoff=cutoff)
+    return f" (did you mean {near[0]!r}?)" if near else ""
+
+
+def listing(names: Iterable[str], none: str = "none") -> str:
+    """`a, b and c`, for use in a sentence."""
+    names = list(names)
+    if len(names) < 2:
+        return names[0] if names else none
+    return f"{', '.join(names[:-1])} and {names[-1]}"

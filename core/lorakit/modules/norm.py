@@ -1,0 +1,27 @@
+"""Normalization layers."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class RMSNorm(nn.Module):
+    """y = x / sqrt(mean(x^2) + eps) * w, the mean in fp32 whatever x is.
+
+    Reference: Zhang and Sennrich 2019, arXiv 1910.07467.
+    """
+
+    def __init__(self, dim: int, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.empty(dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x `[..., D]` -> `[..., D]`."""
+        if x.dtype == torch.float32:
+            return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
+        # Normalized in fp32 and cast before the weight is applied, as the reference models do.
+        wide = F.rms_norm(x.float(), self.weight.shape, None, self.eps)
+        return wide.to(x.dtype) * self.weight.to(x.dtype)

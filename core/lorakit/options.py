@@ -1,0 +1,131 @@
+"""The recipe's own sections, and the base classes of plugins' option classes.
+
+Options live with the code that reads them: a plugin's options are in the plugin.  Here are
+only the keys that core reads itself.
+"""
+
+from __future__ import annotations
+
+from attrs import field, frozen
+from attrs.validators import ge, gt, in_, le, min_len
+
+
+@frozen(kw_only=True)
+class NoOptions:
+    """A section with no key but `name`."""
+
+
+@frozen(kw_only=True)
+class ModelOptions:
+    """`[model]`: the keys every model family has.
+
+    Attributes:
+        path: A directory, a file, or a path of another model source.
+    """
+
+    path: str = field(validator=min_len(1))
+
+
+@frozen(kw_only=True)
+class OptimizerOptions:
+    """`[optimizer]`: the keys every optimizer has.
+
+    Attributes:
+        lr: Peak learning rate; the schedule scales it.
+    """
+
+    lr: float = field(default=3e-4, validator=gt(0.0))
+
+
+@frozen(kw_only=True)
+class CheckpointerOptions:
+    """`[checkpointer]`: the keys every checkpointer has.
+
+    Attributes:
+        every_steps: Save each time so many optimizer steps are done; 0 means only at the end
+            of each epoch and of the run.
+        keep_last: How many checkpoints to keep; 0 keeps all.
+        save_merged: Write `merged/`, the base model with the adapter folded in, at the end.
+        save_merged_each_epoch: Write it at the end of each epoch too (`merged-epoch-N/`).
+    """
+
+    every_steps: int = field(default=0, validator=ge(0))
+    keep_last: int = field(default=2, validator=ge(0))
+    save_merged: bool = True
+    save_merged_each_epoch: bool = False
+
+
+@frozen(kw_only=True)
+class DataOptions:
+    """`[data]`: the keys every data set format has.
+
+    Attributes:
+        path: A JSON or JSONL file, or `lorakit:NAME` for a file that ships with lorakit.
+        max_seq_len: Longest row in tokens; what happens to a longer one is `too_long`.
+        too_long: `truncate` cuts the row's end, `drop` leaves the row out, `error` stops.
+            Whatever is cut or left out is counted and reported before training.
+        packed: Fill each row of a batch up to `max_seq_len` with whole examples.
+        train_on_prompt: Train on all tokens, not only on the assistant's.
+        chat_template: `auto` takes the tokenizer's own; else the name of a built-in one.
+        shuffle: Visit the rows in a new order each epoch, a function of (seed, epoch).
+    """
+
+    path: str = field(validator=min_len(1))
+    max_seq_len: int = field(default=2048, validator=ge(2))
+    too_long: str = field(default="truncate", validator=in_(("truncate", "drop", "error")))
+    packed: bool = False
+    train_on_prompt: bool = False
+    chat_template: str = "auto"
+    shuffle: bool = True
+
+
+@frozen(kw_only=True)
+class ScheduleOptions:
+    """`[schedule]`: the learning rate over the run, a pure function of the step.
+
+    Attributes:
+        name: `constant`, `linear` (to 0) or `cosine` (to 0), all after a linear warm-up.
+        warmup_steps: Length of the warm-up; the first step is at lr/warmup_steps, not 0.
+    """
+
+    name: str = field(default="cosine", validator=in_(("constant", "linear", "cosine")))
+    warmup_steps: int = field(default=0, validator=ge(0))
+
+
+@frozen(kw_only=True)
+class TrainingOptions:
+    """`[training]`: the loop's own keys.
+
+    Attributes:
+        epochs: Passes over the data.
+        batch_size: Rows in a micro-batch.
+        gradient_accumulation_steps: Micro-batches in an optimizer step.
+        max_steps: Stop after so many optimizer steps; 0 means no limit.
+        max_grad_norm: Clip the gradients' global 2-norm to this; 0 means never.
+        activation_checkpointing: Keep only each block's input, and compute the block again in
+            the backward pass: less memory, about a third more time.
+        compile: Run each block through torch.compile.
+    """
+
+    epochs: int = field(default=1, validator=ge(1))
+    batch_size: int = field(default=1, validator=ge(1))
+    gradient_accumulation_steps: int = field(default=1, validator=ge(1))
+    max_steps: int = field(default=0, validator=ge(0))
+    max_grad_norm: float = field(default=1.0, validator=ge(0.0))
+    activation_checkpointing: bool = False
+    compile: bool = False
+
+
+@frozen(kw_only=True)
+class SampleOptions:
+    """`[samples]`: prompts answered before and after training, to see what it changed.
+
+    Attributes:
+        prompts: One user message each.
+        max_new_tokens: Longest answer.
+        temperature: 0 is greedy.
+    """
+
+    prompts: tuple[str, ...] = ()
+    max_new_tokens: int = field(default=64, validator=ge(1))
+    temperature: float = field(default=0.0, validator=[ge(0.0), le(5.0)])

@@ -1,0 +1,298 @@
+"""From a recipe's text to a resolved recipe: every default filled in, every name looked up."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import tomli
+from attrs import define, evolve, field, frozen
+from attrs.validators import ge, matches_re, min_len
+
+from lorakit.catalog import KINDS, Catalog, load_catalog
+from lorakit.errors import RecipeError, UserError, did_you_mean, listing
+from lorakit.options import DataOptions, SampleOptions, ScheduleOptions, TrainingOptions
+from lorakit.recipe_files import RecipeFile, deep_merge, find_recipe
+from lorakit.records import Offer
+from lorakit.structuring import describe_value, structure, unstructure
+
+
+@frozen(kw_only=True)
+class RunOptions:
+    """A recipe's top-level keys that are not sections.
+
+    Attributes:
+        summary: One line for `lorakit recipes list`.
+        output: The run directory.
+        seed: Of the data's order, of the adapter's initial values and of dropout.
+        device: `auto`, `cuda`, `cuda:N`, `mps` or `cpu`.
+    """
+
+    summary: str = ""
+    output: str = field(validator=min_len(1))
+    seed: int = field(default=0, validator=ge(0))
+    device: str = field(
+        default="auto",
+        validator=matches_re(r"auto|cpu|mps|cuda(:\d+)?"),
+    )
+
+
+@frozen
+class Section:
+    """A plugin's record and the options the recipe gives it."""
+
+    record: Any
+    options: Any
+
+    @property
+    def name(self) -> str:
+        return str(self.record.name)
+
+
+@frozen(kw_only=True)
+class Recipe:
+    """A resolved recipe.  Sections that name a plugin hold its record."""
+
+    name: str
+    run: RunOptions
+    model: Section
+    quantization: Section | None
+    adapter: Section
+    optimizer: Section
+    schedule: ScheduleOptions
+    precision: Section
+    data: Section
+    training: TrainingOptions
+    checkpointer: Section
+    loggers: tuple[Section, ...]
+    samples: SampleOptions
+    catalog: Catalog = field(repr=False, eq=False)
+
+    @property
+    def output(self) -> Path:
+        return Path(self.run.output)
+
+    def with_output(self, output: Path) -> Recipe:
+        return evolve(self, run=evolve(self.run, output=str(output)))
+
+    def table(self) -> dict[str, Any]:
+        """The recipe as a TOML table with every default spelled out."""
+        table = {k: v for k, v in unstructure(self.run).items() if v != ""}
+        for key in _PLUGIN_SECTIONS:
+            section = getattr(self, key)
+            if section is not None:
+                table[key] = _section_table(section)
+        for key in _OWN_SECTIONS:
+            table[key] = unstructure(getattr(self, key))
+        table["loggers"] = [_section_table(s) for s in self.loggers]
+        return table
+
+    def text(self) -> str:
+        """The recipe as a TOML file."""
+        import tomli_w
+
+        return tomli_w.dumps({self.name: self.table()})
+
+
+_PLUGIN_SECTIONS = (
+    "model",
+    "quantization",
+    "adapter",
+    "optimizer",
+    "precision",
+    "data",
+    "checkpointer",
+)
+_OWN_SECTIONS = {
+    "schedule": ScheduleOptions,
+    "training": TrainingOptions,
+    "samples": SampleOptions,
+}
+_REQUIRED = ("model", "data")
+_OPTIONAL = ("quantization",)
+
+
+def _section_table(section: Section) -> dict[str, Any]:
+    return {"name": section.name, **unstructure(section.options)}
+
+
+def resolve_recipe(
+    reference: str,
+    *,
+    overrides: Mapping[str, Any] | None = None,
+    output: str | Path | None = None,
+    catalog: Catalog | None = None,
+) -> Recipe:
+    """Finds, merges, overrides and structures a recipe.
+
+    Raises:
+        RecipeError: With everything that is wrong with it.
+        UserError: The file or the recipe does not exist.
+    """
+    file, name = find_recipe(reference)
+    table = file.merged(name)
+    for key, value in (overrides or {}).items():
+        table = deep_merge(table, _nested(key, value))
+    if output is not None:
+        table["output"] = os.fspath(output)
+    return _Resolver(file, name, catalog or load_catalog()).resolve(table)
+
+
+def resolve_table(name: str, table: Mapping[str, Any], catalog: Catalog | None = None) -> Recipe:
+    """Structures a recipe that is a table already."""
+    file = RecipeFile(name, "", {})
+    return _Resolver(file, name, catalog or load_catalog()).resolve(dict(table))
+
+
+def parse_override(text: str) -> tuple[str, Any]:
+    """`a.b=VALUE` -> the key and the value: TOML if it is, else the bare word.
+
+    Raises:
+        UserError: There is no `=`, or the key is not dotted words.
+    """
+    key, equals, raw = text.partition("=")
+    key = key.strip()
+    if not equals or not re.fullmatch(r"\w+(\.\w+)*", key):
+        raise UserError(f"--set {text}: expected KEY=VALUE, such as --set training.epochs=2")
+    try:
+        return key, tomli.loads(f"value = {raw}")["value"]
+    except tomli.TOMLDecodeError:
+        return key, raw
+
+
+def _nested(key: str, value: Any) -> dict[str, Any]:
+    for part in reversed(key.split(".")):
+        value = {part: value}
+    return dict(value)
+
+
+@define
+class _Resolver:
+    """Collects problems while it goes through the sections."""
+
+    file: RecipeFile
+    name: str
+    catalog: Catalog
+    problems: list[str] = field(factory=list)
+
+    def resolve(self, table: dict[str, Any]) -> Recipe:
+        run_keys = {f for f in ("summary", "output", "seed", "device") if f in table}
+        sections = {*_PLUGIN_SECTIONS, *_OWN_SECTIONS, "loggers"}
+        known = [*sorted(sections), "summary", "output", "seed", "device", "extends"]
+        for key in table:
+            if key not in sections and key not in run_keys:
+                word = "section" if isinstance(table[key], dict) else "key"
+                hint = did_you_mean(key, known) or f" (known: {listing(known)})"
+                self.problems.append(f"{key}: unknown {word}{hint}")
+
+        values: dict[str, Any] = {"run": self._own(RunOptions, {k: table[k] for k in run_keys}, "")}
+        for key in _PLUGIN_SECTIONS:
+            values[key] = self._plugin(key, table.get(key))
+        for key, options in _OWN_SECTIONS.items():
+            values[key] = self._own(options, table.get(key, {}), key)
+        values["loggers"] = self._loggers(table.get("loggers"))
+        self._check_paths(values)
+        if self.problems:
+            raise self._error()
+        recipe = Recipe(name=self.name, catalog=self.catalog, **values)
+        for rule, plugin in self.catalog.rules:
+            try:
+                self.problems += rule(recipe=recipe)
+            except Exception as error:
+                self.problems.append(f"{plugin.label}: its recipe rule failed: {error!r}")
+        if self.problems:
+            raise self._error()
+        return recipe
+
+    def _error(self) -> RecipeError:
+        label = self.file.label
+        return RecipeError(f"{label}:{self.name}" if label != self.name else label, self.problems)
+
+    def _own(self, options: type[Any], table: Any, key: str) -> Any:
+        if not isinstance(table, Mapping):
+            self.problems.append(f"{key}: expected a table, got {describe_value(table)}")
+            return None
+        instance, problems = structure(options, table, key)
+        self.problems += problems
+        return instance
+
+    def _plugin(self, key: str, table: Any) -> Section | None:
+        """One section that names a plugin, or the kind's default if it is left out."""
+        kind = next(k.word for k in KINDS.values() if k.section == key)
+        if table is None:
+            if key in _OPTIONAL:
+                return None
+            defaults = [] if key in _REQUIRED else self.catalog.defaults(kind)
+            if len(defaults) == 1:
+                return self._structured(defaults[0], {}, key)
+            self.problems.append(f'{key}: missing, expected {key} = {{name = "..."}}')
+            return None
+        return self._named(kind, table, key)
+
+    def _named(self, kind: str, table: Any, key: str) -> Section | None:
+        if not isinstance(table, Mapping):
+            self.problems.append(
+                f'{key}: expected a table, {{name = "..."}}, got {describe_value(table)}'
+            )
+            return None
+        name = table.get("name")
+        if not isinstance(name, str):
+            names = listing(self.catalog.names(kind))
+            found = "missing" if name is None else f"expected a string, got {describe_value(name)}"
+            self.problems.append(f"{key}.name: {found} (there is: {names})")
+            return None
+        try:
+            record = self.catalog.get(kind, name)
+        except UserError as error:
+            self.problems.append(f"{key}.name: {error.message}")
+            if error.fix:
+                self.problems[-1] += f". {error.fix}"
+            return None
+        return self._structured(record, {k: v for k, v in table.items() if k != "name"}, key)
+
+    def _structured(self, record: Offer, table: Mapping[str, Any], key: str) -> Section | None:
+        options, problems = structure(record.options, table, key)
+        self.problems += problems
+        return None if options is None else Section(record, options)
+
+    def _loggers(self, tables: Any) -> tuple[Section, ...]:
+        if tables is None:
+            found = [self._structured(r, {}, "loggers") for r in self.catalog.defaults("logger")]
+        elif not isinstance(tables, list):
+            got = describe_value(tables)
+            self.problems.append(f'loggers: expected a list, [{{name = "..."}}], got {got}')
+            return ()
+        else:
+            found = [
+                self._named("logger", table, f"loggers[{index}]")
+                for index, table in enumerate(tables)
+            ]
+        return tuple(s for s in found if s is not None)
+
+    def _check_paths(self, values: Mapping[str, Any]) -> None:
+        """What can be known about paths without opening anything."""
+        model, data = values["model"], values["data"]
+        if model is not None:
+            sources = self.catalog.all("model source")
+            if not any(source.claims(model.options.path) for source in sources):
+                examples = listing([e for source in sources for e in source.examples])
+                self.problems.append(
+                    f"model.path: {describe_value(model.options.path)} is no directory or file "
+                    f"here, and of no other model source (such paths look like: {examples})"
+                )
+        if data is not None:
+            self.problems += data_path_problems(data.options)
+
+
+def data_path_problems(options: DataOptions) -> list[str]:
+    """What is wrong with a `data.path`, judged by names alone."""
+    from lorakit.data.files import find_data_file
+
+    try:
+        find_data_file(options.path)
+    except UserError as error:
+        return [f"data.path: {error.message}" + (f". {error.fix}" if error.fix else "")]
+    return []

@@ -1,0 +1,113 @@
+"""A run directory: which one a run gets, and whether it can be resumed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import tomli
+
+from lorakit.errors import RecipeError, UserError
+from lorakit.protocols import SnapshotStore
+from lorakit.recipes import Recipe
+
+RECIPE = "recipe.toml"
+ADAPTER = "adapter"
+MERGED = "merged"
+CHECKPOINTS = "checkpoints"
+
+FIXED = (
+    "seed",
+    "model",
+    "quantization",
+    "adapter",
+    "optimizer",
+    "schedule",
+    "precision",
+    "data",
+    "training.batch_size",
+    "training.gradient_accumulation_steps",
+    "training.max_grad_norm",
+)
+"""What a resumed run must have as it was started; the rest may change."""
+
+
+def free_output(output: Path, fixed: bool) -> Path:
+    """The directory a new run writes to.
+
+    Args:
+        output: As the recipe or the user has it.
+        fixed: It must be this one.
+
+    Raises:
+        UserError: It is fixed and holds a run already, or it is a file.
+    """
+    if output.exists() and not output.is_dir():
+        raise UserError(f"output: {output} is a file", "Name a directory with --output.")
+    if not holds_run(output):
+        return output
+    if fixed:
+        raise UserError(
+            f"output: {output} holds a run already",
+            "Continue it with --resume, or name another --output.",
+        )
+    number = 2
+    while holds_run(output.with_name(f"{output.name}-{number}")):
+        number += 1
+    return output.with_name(f"{output.name}-{number}")
+
+
+def holds_run(output: Path) -> bool:
+    """Whether a run left something there that would be a loss."""
+    return any((output / part).exists() for part in (CHECKPOINTS, ADAPTER, MERGED))
+
+
+def check_resumable(recipe: Recipe, store: SnapshotStore) -> None:
+    """Refuses to continue a run under a recipe that would not have led there.
+
+    Raises:
+        UserError: There is no run, or it has no checkpoint.
+        RecipeError: With each key that differs.
+    """
+    file = recipe.output / RECIPE
+    if not file.is_file():
+        raise UserError(
+            f"--resume: {recipe.output} holds no run", "Leave out --resume to start one."
+        )
+    if not store.steps():
+        raise UserError(
+            f"--resume: {recipe.output} has no complete checkpoint",
+            "Leave out --resume to start over.",
+        )
+    (started,) = tomli.loads(file.read_text(encoding="utf-8")).values()
+    now = recipe.table()
+    problems = [
+        f"{key}: the run was started with {_shown(before)}, the recipe now has {_shown(after)}"
+        for section in FIXED
+        for key, before, after in differences(_at(started, section), _at(now, section), section)
+    ]
+    if problems:
+        raise RecipeError(f"--resume {recipe.output}", problems)
+
+
+def differences(before: Any, after: Any, key: str) -> list[tuple[str, Any, Any]]:
+    """Dotted keys at which two tables differ, with both values."""
+    if isinstance(before, Mapping) and isinstance(after, Mapping):
+        return [
+            found
+            for part in sorted({*before, *after})
+            for found in differences(before.get(part), after.get(part), f"{key}.{part}")
+        ]
+    return [] if before == after else [(key, before, after)]
+
+
+def _at(table: Mapping[str, Any], key: str) -> Any:
+    value: Any = table
+    for part in key.split("."):
+        value = value.get(part) if isinstance(value, Mapping) else None
+    return value
+
+
+def _shown(value: Any) -> str:
+    return "nothing" if value is None else repr(value)

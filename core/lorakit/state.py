@@ -1,0 +1,92 @@
+"""The loop's state: one declared block, saved as that block."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from attrs import asdict, define
+from torch import Tensor
+
+
+@define
+class TrainState:
+    """Where a run is.
+
+    Attributes:
+        step: Optimizer steps done.
+        epoch: Epochs completed.
+        cursor: Micro-batches of the current epoch that are done.
+        tokens: Input tokens seen.
+        trained_tokens: Of those, the ones with a label.
+        loss: Of the last step.
+    """
+
+    step: int = 0
+    epoch: int = 0
+    cursor: int = 0
+    tokens: int = 0
+    trained_tokens: int = 0
+    loss: float = float("nan")
+
+    def to_json(self) -> dict[str, Any]:
+        values = asdict(self)
+        # JSON has no NaN; it stands only before the first step.
+        return {k: None if v != v else v for k, v in values.items()}
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> TrainState:
+        return cls(**{k: float("nan") if v is None else v for k, v in values.items()})
+
+
+def generator_states(device: torch.device) -> dict[str, Tensor]:
+    """The states of torch's random generators: dropout continues where it was."""
+    states = {"rng.cpu": torch.get_rng_state()}
+    if device.type == "cuda":
+        states["rng.cuda"] = torch.cuda.get_rng_state(device)
+    return states
+
+
+def restore_generators(states: Mapping[str, Tensor], device: torch.device) -> None:
+    torch.set_rng_state(states["rng.cpu"])
+    if device.type == "cuda" and "rng.cuda" in states:
+        torch.cuda.set_rng_state(states["rng.cuda"], device)
+
+
+def flatten_optimizer(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """An optimizer's state as tensors by dotted key, and the rest as JSON values."""
+    tensors: dict[str, Tensor] = {}
+
+    def plain(value: Any, key: str) -> Any:
+        if isinstance(value, Tensor):
+            tensors[key] = value.detach()
+            return {"tensor": key}
+        if isinstance(value, Mapping):
+            return {"table": {str(k): plain(v, f"{key}.{k}") for k, v in value.items()}}
+        if isinstance(value, (list, tuple)):
+            return {"list": [plain(v, f"{key}.{i}") for i, v in enumerate(value)]}
+        return {"value": value}
+
+    whole = optimizer.state_dict()
+    return tensors, plain(whole["state"], "optimizer")
+
+
+def unflatten_optimizer(
+    optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor], rest: Mapping[str, Any]
+) -> None:
+    """Puts back what `flatten_optimizer` took out; the recipe's own settings (lr, betas) stay."""
+
+    def value_of(node: Mapping[str, Any]) -> Any:
+        ((kind, value),) = node.items()
+        if kind == "tensor":
+            return tensors[value]
+        if kind == "table":
+            # Optimizers key the outer table by the parameter's number.
+            return {int(k) if k.isdigit() else k: value_of(v) for k, v in value.items()}
+        if kind == "list":
+            return [value_of(v) for v in value]
+        return value
+
+    current = optimizer.state_dict()
+    optimizer.load_state_dict({"state": value_of(rest), "param_groups": current["param_groups"]})

@@ -1,0 +1,189 @@
+"""What a run left behind, loaded again: for generation, evaluation and merging."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import tomli
+import torch
+from attrs import frozen
+from torch import nn
+
+from lorakit.adapters import (
+    CONFIG,
+    PREFIX,
+    SavedAdapter,
+    apply_adapter,
+    load_adapter_tensors,
+    read_adapter,
+)
+from lorakit.base_model import BaseModel, load_weights, open_base_model, resolve_device
+from lorakit.catalog import Catalog, load_catalog
+from lorakit.data.batches import make_batch
+from lorakit.data.dataset import load_dataset
+from lorakit.data.tokenizer import Tokenizer, load_tokenizer
+from lorakit.errors import UserError
+from lorakit.loss import batch_loss
+from lorakit.merging import merge_adapter
+from lorakit.progress import TerminalProgress
+from lorakit.protocols import Progress
+from lorakit.records import DatasetFormat
+from lorakit.run_directory import ADAPTER, CHECKPOINTS, RECIPE
+
+
+@frozen
+class Trained:
+    """A model with its adapter on, if it has one, in evaluation mode."""
+
+    model: nn.Module
+    tokenizer: Tokenizer
+    device: torch.device
+    catalog: Catalog
+
+
+@frozen
+class Scores:
+    """Evaluation over a data file; `loss` is the mean over its trained tokens."""
+
+    loss: float
+    trained_tokens: int
+    rows: int
+
+    @property
+    def perplexity(self) -> float:
+        return math.exp(min(self.loss, 700.0))
+
+
+def find_adapter(path: Path) -> Path | None:
+    """The adapter directory a run, a checkpoint or an adapter directory stands for; None for
+    anything else.
+
+    Raises:
+        UserError: It is a run that has no adapter yet.
+    """
+    if (path / CONFIG).is_file():
+        return path
+    if (path / ADAPTER / CONFIG).is_file():
+        return path / ADAPTER
+    checkpoints = sorted((path / CHECKPOINTS).glob("step-*"))
+    complete = [c for c in checkpoints if (c / CONFIG).is_file()]
+    if complete:
+        return complete[-1]
+    if (path / RECIPE).is_file():
+        raise UserError(f"{path}: the run has no adapter and no checkpoint yet")
+    return None
+
+
+def load_trained(path: str, device_name: str = "auto") -> Trained:
+    """Loads a run, an adapter or a model.
+
+    Args:
+        path: A run directory, a checkpoint, an adapter directory, or a `model.path`.
+        device_name: As in a recipe.
+
+    Raises:
+        UserError: It is none of these, or cannot be loaded.
+    """
+    catalog = load_catalog()
+    device = resolve_device(device_name)
+    progress = TerminalProgress()
+    directory = find_adapter(Path(path).expanduser())
+    adapter = read_adapter(directory, catalog) if directory else None
+    base = _open_base_of(adapter, catalog, progress) if adapter else None
+    base = base or open_base_model(path, catalog, progress)
+    precision = catalog.defaults("precision")[0]
+    resolved = precision.resolve(device, precision.options())
+    load_weights(base, device=device, precision=resolved, progress=progress)
+    tokenizer = base.tokenizer
+    if adapter is not None:
+        names = apply_adapter(base.model, adapter.method, adapter.options, resolved.adapter)
+        flat = {
+            f"{PREFIX}{layer}.{suffix}": tensor
+            for layer, tensors in adapter.tensors.items()
+            for suffix, tensor in tensors.items()
+        }
+        load_adapter_tensors(base.model, names, flat, adapter.path)
+        tokenizer = _tokenizer_of(adapter, base)
+    base.model.eval()
+    return Trained(base.model, tokenizer, device, catalog)
+
+
+def _open_base_of(adapter: SavedAdapter, catalog: Catalog, progress: Progress) -> BaseModel:
+    """The adapter's base: where adapter_config.json says, else where the recipe had it from."""
+    named = str(adapter.config.get("base_model_name_or_path") or "")
+    origin = str(adapter.origin.get("model", {}).get("path", ""))
+    sources = catalog.all("model source")
+    for path in (named, origin):
+        if path and any(source.claims(path) for source in sources):
+            return open_base_model(path, catalog, progress)
+    raise UserError(
+        f"{adapter.path}: its base model {named or origin or '(not named)'} is not here",
+        "Put it there, or change base_model_name_or_path in adapter_config.json.",
+    )
+
+
+def _tokenizer_of(adapter: SavedAdapter, base: BaseModel) -> Tokenizer:
+    """The one saved with the adapter; for a checkpoint, the base's with the run's template."""
+    if (adapter.path / "tokenizer.json").is_file():
+        files = {p.name: p.read_bytes() for p in adapter.path.iterdir() if p.is_file()}
+        return load_tokenizer(files, str(adapter.path))
+    recipe = adapter.path.parent.parent / RECIPE
+    if recipe.is_file():
+        (table,) = tomli.loads(recipe.read_text(encoding="utf-8")).values()
+        return base.tokenizer.with_template(table["data"]["chat_template"])
+    return base.tokenizer
+
+
+def merge_trained(path: str, output: Path) -> None:
+    """`lorakit merge`.
+
+    Raises:
+        UserError: `path` is no run or adapter, or the output is taken.
+    """
+    catalog = load_catalog()
+    progress = TerminalProgress()
+    directory = find_adapter(Path(path).expanduser())
+    if directory is None:
+        raise UserError(
+            f"{path} is no run and no adapter directory",
+            "A run directory has recipe.toml in it, an adapter directory adapter_config.json.",
+        )
+    adapter = read_adapter(directory, catalog)
+    base = _open_base_of(adapter, catalog, progress)
+    merge_adapter(
+        base.checkpoint,
+        adapter.method,
+        adapter.options,
+        adapter.tensors,
+        output,
+        files=_tokenizer_of(adapter, base).files,
+        progress=progress,
+    )
+
+
+@torch.no_grad()
+def evaluate(trained: Trained, data: str, form_name: str) -> Scores:
+    """Loss over the trained tokens of a data file.
+
+    Args:
+        trained: The model.
+        data: A `data.path`.
+        form_name: The data set format.
+
+    Raises:
+        UserError: There is no such format, or the data is wrong.
+    """
+    form: DatasetFormat = trained.catalog.get("dataset", form_name)
+    options: Any = form.options(path=data)
+    progress = TerminalProgress()
+    dataset = load_dataset(form, options, trained.tokenizer, progress)
+    total, count = 0.0, 0
+    with progress.task("evaluating", len(dataset.examples), unit="rows") as task:
+        for row in range(len(dataset.examples)):
+            batch = make_batch(dataset, [row]).to(trained.device)
+            total += float(batch_loss(trained.model, batch))  # type: ignore[arg-type]
+            count += batch.trained
+            task.advance()
+    return Scores(total / count, count, dataset.report.rows)

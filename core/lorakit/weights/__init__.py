@@ -1,0 +1,1 @@
+"""Base checkpoints: where they come from, how they are read, streamed and merged."""

@@ -1,0 +1,134 @@
+"""Streaming a checkpoint's tensors into a model that is on the meta device.
+
+Each tensor goes from the file's memory map to its parameter on its own, quantized on the way
+if its layer is; nothing holds the whole checkpoint.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from lorakit.errors import UserError
+from lorakit.protocols import BaseCheckpoint, Progress
+
+Quantize = Callable[[nn.Linear, Tensor], nn.Module]
+
+
+def check_tensors(model: nn.Module, checkpoint: BaseCheckpoint) -> None:
+    """Compares names and shapes of checkpoint and model, from headers alone.
+
+    Raises:
+        UserError: One message with everything that is missing, unexpected or of another shape.
+    """
+    stored = {n: s for shard in checkpoint.shards().values() for n, s in shard.items()}
+    wanted = _parameters(model)
+    tied = _tied_names(model)
+    problems = [
+        f"missing: {name} {list(p.shape)}" for name, p in wanted.items() if name not in stored
+    ]
+    for name, spec in stored.items():
+        if name in wanted and tuple(wanted[name].shape) != spec.shape:
+            expected = list(wanted[name].shape)
+            problems.append(f"shape: {name} is {list(spec.shape)}, config.json says {expected}")
+        elif name not in wanted and name not in tied and not _is_derived(name):
+            problems.append(f"unexpected: {name} {list(spec.shape)}")
+    if problems:
+        shown = problems[:12]
+        if len(problems) > len(shown):
+            shown.append(f"and {len(problems) - len(shown)} more")
+        lines = "\n".join(f"  {line}" for line in shown)
+        raise UserError(
+            f"{checkpoint.path}: the tensors do not fit config.json "
+            f"({len(problems)} problem{'s' if len(problems) > 1 else ''}):\n{lines}"
+        )
+
+
+def stream_weights(
+    model: nn.Module,
+    checkpoint: BaseCheckpoint,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    progress: Progress,
+    quantize: Quantize | None = None,
+    kept_linears: frozenset[str] = frozenset(),
+) -> None:
+    """Gives every parameter of `model` its value, frozen.
+
+    Args:
+        model: On the meta device.
+        checkpoint: Has all its tensors; see `check_tensors`.
+        device: Where the parameters go.
+        dtype: What floating-point parameters are kept in.
+        progress: Counts tensors.
+        quantize: Replaces each linear layer by a quantized one as its weight arrives.
+        kept_linears: Dotted names that are not quantized: the head.
+    """
+    wanted = _parameters(model)
+    total = sum(name in wanted for shard in checkpoint.shards().values() for name in shard)
+    aliases = _aliases(model)
+    with progress.task("loading weights", total, unit="tensors") as task, torch.no_grad():
+        for name, tensor in checkpoint.tensors():
+            if name not in wanted:
+                continue
+            _place(
+                model,
+                name,
+                # Cast before quantizing: the scheme must not see a wider copy than is stored.
+                tensor.to(device=device, dtype=dtype),
+                quantize if name.rpartition(".")[0] not in kept_linears else None,
+                aliases.get(name, []),
+            )
+            task.advance()
+
+
+def _place(
+    model: nn.Module, name: str, value: Tensor, quantize: Quantize | None, aliases: list[str]
+) -> None:
+    owner_name, _, leaf = name.rpartition(".")
+    owner = model.get_submodule(owner_name)
+    if quantize is not None and leaf == "weight" and isinstance(owner, nn.Linear):
+        parent_name, _, child = owner_name.rpartition(".")
+        setattr(model.get_submodule(parent_name), child, quantize(owner, value))
+        return
+    parameter = nn.Parameter(value, requires_grad=False)
+    for full in [name, *aliases]:
+        place, _, attribute = full.rpartition(".")
+        setattr(model.get_submodule(place), attribute, parameter)
+
+
+def _parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Each parameter once: of a tied pair, the name met first (the embedding's)."""
+    return dict(model.named_parameters(remove_duplicate=True))
+
+
+def _aliases(model: nn.Module) -> dict[str, list[str]]:
+    """Name -> the other names of the same parameter."""
+    first: dict[int, str] = {}
+    found: dict[str, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        known = first.setdefault(id(parameter), name)
+        if known != name:
+            found.setdefault(known, []).append(name)
+    return found
+
+
+def _tied_names(model: nn.Module) -> set[str]:
+    """Second names of tied parameters; some checkpoints store those tensors as well."""
+    return {alias for names in _aliases(model).values() for alias in names}
+
+
+def _is_derived(name: str) -> bool:
+    """Old checkpoints store RoPE's frequencies, which config.json gives already."""
+    return name.endswith("rotary_emb.inv_freq")
+
+
+def linear_names(model: nn.Module) -> list[str]:
+    """Dotted names of all linear layers, the output head last."""
+    head = cast(nn.Module, model.lm_head)
+    names = [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and m is not head]
+    return [*names, "lm_head"]

@@ -1,0 +1,25 @@
+"""The model architectures this plugin can read, one table each.
+
+To add one: a module beside `llama.py` with an `Architecture`, and its line in `ARCHITECTURES`.
+"""
+
+from __future__ import annotations
+
+from lorakit.errors import UserError, listing
+from lorakit_gguf.architectures.llama import LLAMA
+from lorakit_gguf.architectures.table import Architecture
+from lorakit_gguf.file import GGUFFile
+
+ARCHITECTURES = {architecture.name: architecture for architecture in (LLAMA,)}
+"""By the value of `general.architecture`."""
+
+
+def architecture_of(file: GGUFFile) -> Architecture:
+    """Raises `UserError` for an architecture without a table."""
+    name = file.get("general.architecture", str)
+    if name not in ARCHITECTURES:
+        raise UserError(
+            f"{file.path}: of architecture {name!r}; supported: {listing(ARCHITECTURES)}",
+            "Take the model in Hugging Face's format (config.json and safetensors).",
+        )
+    return ARCHITECTURES[name]

@@ -1,0 +1,94 @@
+"""A GGUF file as lorakit sees a base checkpoint: under Hugging Face names, one tensor at a time."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from attrs import define
+
+from lorakit.protocols import TensorSpec
+from lorakit_gguf.architectures import Architecture, architecture_of
+from lorakit_gguf.file import GGUFFile
+from lorakit_gguf.vocabulary import Vocabulary
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+_ONLY_SHARD = "model.safetensors"
+
+
+@define
+class GGUFCheckpoint:
+    """An opened GGUF file; see `lorakit.protocols.BaseCheckpoint`.
+
+    Attributes:
+        path: The file.
+        config: What its config.json would say.
+    """
+
+    path: Path
+    config: Mapping[str, Any]
+    _file: GGUFFile
+    _architecture: Architecture
+    _vocabulary: Vocabulary | None
+
+    @classmethod
+    def open(cls, path: Path) -> GGUFCheckpoint:
+        """Reads the header only.
+
+        Raises:
+            UserError: The file is damaged, of an unsupported architecture or tensor type, or has
+                settings or tensors that the architecture's Hugging Face model has no place for.
+        """
+        file = GGUFFile(path)
+        architecture = architecture_of(file)
+        vocabulary = Vocabulary.read(file)
+        config = architecture.config(file)
+        tokens = len(vocabulary.tokens) if vocabulary else None
+        config["vocab_size"] = file.get(f"{architecture.name}.vocab_size", int, tokens)
+        if config["vocab_size"] is None:
+            config["vocab_size"] = file.get(f"{architecture.name}.vocab_size", int)
+        if vocabulary:
+            vocabulary.check_size(config["vocab_size"])
+            config |= {
+                f"{role}_token_id": vocabulary.ids.get(role) for role in ("bos", "eos", "pad")
+            }
+        config["torch_dtype"] = str(file.main_dtype()).removeprefix("torch.")
+        architecture.check(file, config)
+        return cls(path, config, file, architecture, vocabulary)
+
+    def files(self) -> dict[str, bytes]:
+        """The tokenizer's files, where the GGUF has a vocabulary, and generation_config.json.
+
+        Raises:
+            UserError: The tokenizer is of a kind that cannot be rebuilt.
+        """
+        from lorakit_gguf.tokenizer import tokenizer_files
+
+        files: dict[str, bytes] = {}
+        if self._vocabulary:
+            files |= tokenizer_files(self._vocabulary, self.config["max_position_embeddings"])
+            generation = self._vocabulary.generation_config()
+            files["generation_config.json"] = json.dumps(generation, indent=2).encode()
+        return files
+
+    def shards(self) -> dict[str, dict[str, TensorSpec]]:
+        """One shard, `model.safetensors`; dtypes are llama.cpp's (`F32`, `Q4_1`, `Q6_K`)."""
+        specs: dict[str, TensorSpec] = {}
+        for name, stored in self._file.tensors.items():
+            if found := self._architecture.slot(name):
+                specs[found[1]] = TensorSpec(stored.shape, self._file.type_name(name))
+        return {_ONLY_SHARD: specs}
+
+    def tensors(self, shard: str | None = None) -> Iterator[tuple[str, Tensor]]:
+        """Each tensor in the file's order: F16 and BF16 as they are, all others in float32."""
+        if shard not in (None, _ONLY_SHARD):
+            raise KeyError(shard)
+        for name in self._file.tensors:
+            if found := self._architecture.slot(name):
+                slot, hugging_face = found
+                tensor = self._file.tensor(name)
+                yield hugging_face, slot.fix(tensor, self.config) if slot.fix else tensor
