@@ -26,6 +26,8 @@ CONFIG = "adapter_config.json"
 TENSORS = "adapter_model.safetensors"
 OWN = "lorakit.json"
 """lorakit's own data beside an adapter; adapter_config.json has PEFT's keys only."""
+TOKENIZER_FILES = ("tokenizer", "special_tokens", "chat_template", "generation_")
+"""How the names of the files start that an adapter directory holds for its tokenizer."""
 PREFIX = "base_model.model."
 """What PEFT puts before a module's Hugging Face name."""
 PEFT_VERSION = "0.21.2"
@@ -188,7 +190,7 @@ def write_adapter(
         own = {"lorakit_version": __version__, **origin}
         write_bytes(folder / OWN, (json.dumps(own, indent=2) + "\n").encode())
         for name, data in files.items():
-            if name.startswith(("tokenizer", "special_tokens", "chat_template", "generation_")):
+            if name.startswith(TOKENIZER_FILES):
                 write_bytes(folder / name, data)
 
 

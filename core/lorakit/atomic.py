@@ -50,7 +50,13 @@ def replaced_directory(place: Path) -> Iterator[Path]:
         if place.exists():
             old = Path(tempfile.mkdtemp(prefix=f".{place.name}.old.", dir=place.parent))
             place.rename(old / place.name)
-        part.rename(place)
+        try:
+            part.rename(place)
+        except BaseException:
+            if old is not None:
+                (old / place.name).rename(place)
+                old.rmdir()
+            raise
         _sync_directory(place.parent)
         if old is not None:
             shutil.rmtree(old, ignore_errors=True)

@@ -15,7 +15,7 @@ def checkpoint_blocks(model: CausalLM) -> None:
     backward pass.  Reference: Chen et al. 2016, arXiv 1604.06174."""
     for block in model.blocks:
         inner = block.forward
-        block.forward = partial(_checkpointed, block, inner)  # type: ignore[method-assign]
+        block.forward = partial(_checkpointed, block, inner)
 
 
 def _checkpointed(block: Any, forward: Any, *args: Any) -> Any:

@@ -9,7 +9,7 @@ The idea is that of Liger Kernel's fused linear cross-entropy (arXiv 2410.10989)
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -30,13 +30,16 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, chunk: int) -> Tensor:
         """hidden `[N, D]`, weight `[V, D]`, labels `[N]` -> scalar, fp32."""
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
-        gradient = torch.empty_like(hidden)
+        wanted = ctx.needs_input_grad[0]
+        gradient = torch.empty_like(hidden) if wanted else hidden.new_empty(0)
         for start in range(0, len(labels), chunk):
             part = slice(start, start + chunk)
             logits = (hidden[part] @ weight.t()).float()
             target = labels[part].unsqueeze(1)
             log_normalizer = logits.logsumexp(dim=1, keepdim=True)
             total += (log_normalizer - logits.gather(1, target)).sum()
+            if not wanted:
+                continue
             # d/dlogits = softmax - onehot, in place of the logits.
             probabilities = logits.sub_(log_normalizer).exp_()
             probabilities.scatter_add_(1, target, torch.full_like(target, -1.0, dtype=logits.dtype))
@@ -63,16 +66,18 @@ def cross_entropy_sum(model: CausalLM, hidden: Tensor, labels: Tensor) -> Tensor
     chunk = max(1, CHUNK_ELEMENTS // int(model.lm_head.out_features))
     if has_plain_frozen_head(model):
         weight = model.lm_head.weight
-        loss: Tensor = _ChunkedCrossEntropy.apply(hidden, weight, labels, chunk)  # type: ignore[no-untyped-call]
+        loss: Tensor = _ChunkedCrossEntropy.apply(hidden, weight, labels, chunk)
         return loss
     return _recomputed_cross_entropy(model, hidden, labels, chunk)
 
 
 def has_plain_frozen_head(model: CausalLM) -> bool:
     """Whether logits are W h with a frozen W, and no more than that."""
-    head = model.lm_head
-    plain = type(head) is nn.Linear and head.bias is None and not head.weight.requires_grad
-    return plain and not getattr(model, "logits_are_transformed", False)
+    # An adapter or a quantization may have taken the head's place.
+    head: nn.Module = model.lm_head
+    if type(head) is not nn.Linear or getattr(model, "logits_are_transformed", False):
+        return False
+    return cast("Tensor | None", head.bias) is None and not head.weight.requires_grad
 
 
 def _recomputed_cross_entropy(

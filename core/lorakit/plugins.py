@@ -57,7 +57,7 @@ class LoadedPlugins:
 
 def find_plugins() -> list[tuple[Plugin, EntryPoint]]:
     """Every entry point of group `lorakit`, in a fixed order, each once."""
-    found = {}
+    found: dict[tuple[str, str, str], tuple[Plugin, EntryPoint]] = {}
     for entry in entry_points(group=GROUP):
         dist = entry.dist
         name = dist.metadata["Name"] if dist else "?"

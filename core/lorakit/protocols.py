@@ -34,8 +34,10 @@ class CausalLM(Protocol):
     lm_head: nn.Linear
     """The output projection `[V, D]`; shares the embedding's parameter if they are tied."""
 
-    blocks: Sequence[nn.Module]
-    """The repeated layers, in order: the units of activation checkpointing and compilation."""
+    @property
+    def blocks(self) -> Sequence[nn.Module]:
+        """The repeated layers, in order: the units of activation checkpointing and compilation."""
+        ...
 
     def hidden(self, tokens: Tensor, layout: Layout, cache: KeyValueCache | None = None) -> Tensor:
         """tokens `[T]` (documents one after the other, as `layout` says) -> states `[T, D]`."""

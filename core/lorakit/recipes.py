@@ -111,6 +111,7 @@ _OWN_SECTIONS = {
     "training": TrainingOptions,
     "samples": SampleOptions,
 }
+_RUN_KEYS = ("summary", "output", "seed", "device")
 _REQUIRED = ("model", "data")
 _OPTIONAL = ("quantization",)
 
@@ -179,12 +180,12 @@ class _Resolver:
     problems: list[str] = field(factory=list)
 
     def resolve(self, table: dict[str, Any]) -> Recipe:
-        run_keys = {f for f in ("summary", "output", "seed", "device") if f in table}
+        run_keys = [key for key in _RUN_KEYS if key in table]
         sections = {*_PLUGIN_SECTIONS, *_OWN_SECTIONS, "loggers"}
-        known = [*sorted(sections), "summary", "output", "seed", "device", "extends"]
-        for key in table:
+        known = [*sorted(sections), *_RUN_KEYS, "extends"]
+        for key, value in table.items():
             if key not in sections and key not in run_keys:
-                word = "section" if isinstance(table[key], dict) else "key"
+                word = "section" if isinstance(value, dict) else "key"
                 hint = did_you_mean(key, known) or f" (known: {listing(known)})"
                 self.problems.append(f"{key}: unknown {word}{hint}")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -31,13 +32,13 @@ class TrainState:
     loss: float = float("nan")
 
     def to_json(self) -> dict[str, Any]:
-        values = asdict(self)
         # JSON has no NaN; it stands only before the first step.
-        return {k: None if v != v else v for k, v in values.items()}
+        return {k: None if math.isnan(v) else v for k, v in asdict(self).items()}
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> TrainState:
-        return cls(**{k: float("nan") if v is None else v for k, v in values.items()})
+        known: dict[str, Any] = {k: v for k, v in values.items() if v is not None}
+        return cls(**known)
 
 
 def generator_states(device: torch.device) -> dict[str, Tensor]:

@@ -129,8 +129,9 @@ def structure(cls: type[T], table: Mapping[str, Any], where: str) -> tuple[T | N
     Returns:
         The instance and no problems, or None and one line for each problem.
     """
-    attrs.resolve_types(cls)
-    fields = {f.name: f for f in attrs.fields(cls) if f.init}
+    known_class: Any = cls
+    attrs.resolve_types(known_class)
+    fields = {f.name: f for f in attrs.fields(known_class) if f.init}
     prefix = f"{where}." if where else ""
     problems: list[str] = []
     values: dict[str, Any] = {}
@@ -159,14 +160,15 @@ def structure(cls: type[T], table: Mapping[str, Any], where: str) -> tuple[T | N
 
 
 def _structure_value(field: attrs.Attribute[Any], raw: Any, key: str) -> tuple[Any, Sequence[str]]:
-    if attrs.has(field.type):
+    kind: Any = field.type
+    if attrs.has(kind):
         if not isinstance(raw, Mapping):
             return None, [f"{key}: expected a table, got {describe_value(raw)}"]
-        return structure(field.type, raw, key)
+        return structure(kind, raw, key)
     try:
-        value = _converter.structure(raw, field.type)
+        value = _converter.structure(raw, kind)
     except (_WrongType, cattrs.BaseValidationError, TypeError, ValueError):
-        expected = describe_type(field.type)
+        expected = describe_type(kind)
         return None, [f"{key}: expected {expected}, got {describe_value(raw)}"]
     if field.validator is not None:
         try:

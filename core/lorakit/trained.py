@@ -14,6 +14,7 @@ from torch import nn
 from lorakit.adapters import (
     CONFIG,
     PREFIX,
+    TOKENIZER_FILES,
     SavedAdapter,
     apply_adapter,
     load_adapter_tensors,
@@ -127,7 +128,9 @@ def _open_base_of(adapter: SavedAdapter, catalog: Catalog, progress: Progress) -
 def _tokenizer_of(adapter: SavedAdapter, base: BaseModel) -> Tokenizer:
     """The one saved with the adapter; for a checkpoint, the base's with the run's template."""
     if (adapter.path / "tokenizer.json").is_file():
-        files = {p.name: p.read_bytes() for p in adapter.path.iterdir() if p.is_file()}
+        # Not the adapter's own: beside merged weights, readers would apply it once more.
+        names = [p for p in adapter.path.iterdir() if p.name.startswith(TOKENIZER_FILES)]
+        files = {p.name: p.read_bytes() for p in names if p.is_file()}
         return load_tokenizer(files, str(adapter.path))
     recipe = adapter.path.parent.parent / RECIPE
     if recipe.is_file():

@@ -78,7 +78,7 @@ class HuggingFaceDirectory:
             file = self.path / name
             try:
                 with safe_open(file, framework="pt") as opened:
-                    for key in opened.keys():
+                    for key in opened.keys():  # noqa: SIM118 (it is no dict)
                         yield key, opened.get_tensor(key)
             except SafetensorError as error:
                 raise unreadable(file, str(error)) from None

@@ -111,7 +111,7 @@ def to_config(options: LoRAOptions, names: Sequence[str]) -> dict[str, Any]:
         "r": options.rank,
         "lora_alpha": alpha,
         "lora_dropout": options.dropout,
-        "target_modules": _target_modules(names),
+        "target_modules": _target_modules(options, names),
         "use_rslora": options.rslora,
         "use_dora": options.dora,
         "bias": "none",
@@ -125,15 +125,15 @@ def to_config(options: LoRAOptions, names: Sequence[str]) -> dict[str, Any]:
     }
 
 
-def _target_modules(names: Sequence[str]) -> list[str]:
-    """Name endings if they say the same as the full names, else the full names.
+def _target_modules(options: LoRAOptions, names: Sequence[str]) -> list[str]:
+    """Name endings if the recipe targets by ending, else the full names.
 
-    An ending stands for every layer that has it, so it may be used only where all blocks have
-    the same layers adapted.
+    An ending stands for every layer that has it, so it may not be used for a choice among the
+    layers that have it, which a regex or a longer name may be.
     """
-    endings = sorted({n.rpartition(".")[2] for n in names})
-    counts = {e: sum(n.rpartition(".")[2] == e for n in names) for e in endings}
-    return endings if len(set(counts.values())) == 1 and max(counts.values()) > 1 else sorted(names)
+    endings = {n.rpartition(".")[2] for n in names}
+    given = {options.targets} if isinstance(options.targets, str) else set(options.targets)
+    return sorted(endings if given == {ALL_LINEAR} or endings <= given else names)
 
 
 def from_config(config: Mapping[str, Any]) -> LoRAOptions:
@@ -153,6 +153,10 @@ def from_config(config: Mapping[str, Any]) -> LoRAOptions:
         "trainable_token_indices": (None, [], {}),
         "lora_bias": (False, None),
         "target_parameters": (None, []),
+        "layer_replication": (None, []),
+        "use_qalora": (False, None),
+        # These starts change the base weights as well, which the file does not hold.
+        "init_lora_weights": (True, False, None, "gaussian", "eva", "orthogonal"),
     }
     for key, accepted in refused.items():
         if config.get(key) not in accepted:
@@ -185,5 +189,7 @@ def merge(weight: Tensor, tensors: Mapping[str, Tensor], options: LoRAOptions, n
     merged = weight.float().addmm(b, a, alpha=options.scale)
     if options.dora:
         magnitude = tensors["lora_magnitude_vector"].float()
-        merged *= (magnitude / merged.norm(dim=1)).unsqueeze(1)
+        # Above 0, so that a row of zeros stays one.
+        norms = merged.norm(dim=1).clamp_min(1e-19)
+        merged *= (magnitude / norms).unsqueeze(1)
     return merged

@@ -74,7 +74,8 @@ class LoRALinear(nn.Module):
         cross = (self._times_weight(a) * b).sum(dim=1)
         square = ((b @ (a @ a.t())) * b).sum(dim=1)
         total = self.base_squared_norms() + 2 * self.scale * cross + self.scale**2 * square
-        return total.clamp_min(0.0).sqrt()
+        # Above 0, so that a row of zeros gives zeros and not 0/0.
+        return total.clamp_min(torch.finfo(total.dtype).tiny).sqrt()
 
     @torch.no_grad()
     def base_squared_norms(self) -> Tensor:

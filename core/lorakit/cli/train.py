@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import click
 
 
@@ -49,5 +51,5 @@ def preview(recipe: str, overrides: tuple[str, ...], rows: int) -> None:
     resolved = resolve_recipe(recipe, overrides=dict(parse_override(text) for text in overrides))
     from lorakit.preview import preview_lines
 
-    for line in preview_lines(resolved, rows, color=click.get_text_stream("stdout").isatty()):
+    for line in preview_lines(resolved, rows, color=sys.stdout.isatty()):
         click.echo(line)

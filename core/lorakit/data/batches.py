@@ -77,7 +77,7 @@ class BatchPlan:
         """Example indices of each micro-batch of that epoch (counted from 0)."""
         if self._epoch != epoch:
             order = self._order(epoch)
-            rows = [(i,) for i in order]
+            rows: list[tuple[int, ...]] = [(i,) for i in order]
             if self.packed_length:
                 lengths = [len(e) for e in self.dataset.examples]
                 rows = pack(order, lengths, self.packed_length)

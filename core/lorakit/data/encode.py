@@ -90,44 +90,48 @@ def _assistant_spans(messages: Sequence[Message], text: str, tokenizer: Tokenize
         if message.role != "assistant":
             cursor = _skip_content(message, text, cursor)
             continue
-        span = _span_by_prefix(messages, index, text, tokenizer)
-        if span is None:
-            span = _span_by_content(message, text, cursor)
+        span = _span_of(messages, index, text, cursor, tokenizer)
         cursor = span.content_end
         if _is_trained(message):
             spans.append(span)
     return spans
 
 
-def _span_by_prefix(
-    messages: Sequence[Message], index: int, text: str, tokenizer: Tokenizer
-) -> _Span | None:
-    """The turn is what rendering one message more adds behind the generation prompt."""
-    try:
-        before = tokenizer.render(messages[:index], add_generation_prompt=True)
-        after = tokenizer.render(messages[: index + 1])
-    except ValueError:
-        return None
-    if not (text.startswith(after) and after.startswith(before)):
-        return None
+def _span_of(
+    messages: Sequence[Message], index: int, text: str, cursor: int, tokenizer: Tokenizer
+) -> _Span:
+    """The turn is what rendering one message more adds behind the generation prompt.
+
+    Some templates render a turn differently once another follows it (they drop its reasoning,
+    or end every conversation with an end-of-text): as far as the prefixes differ from the whole,
+    the turn is found by its content, in order.
+
+    Raises:
+        ValueError: The content is not there.
+    """
+    before = _prefix(messages[:index], text, tokenizer, add_generation_prompt=True)
+    after = _prefix(messages[: index + 1], text, tokenizer, add_generation_prompt=False)
+    known = before is not None and after is not None and after.startswith(before)
+    end = len(after or "") if known else len(text)
     content = messages[index].content.strip()
-    found = after.rfind(content, len(before))
-    if found < 0:
-        return None
-    return _Span(len(before), found + len(content), len(after))
-
-
-def _span_by_content(message: Message, text: str, cursor: int) -> _Span:
-    """For templates that render a turn differently once another follows it (they drop its
-    reasoning, say): the turn is found by its content, in order."""
-    content = message.content.strip()
-    found = text.find(content, cursor)
+    found = text.find(content, max(cursor, len(before or "")), end)
     if found < 0:
         raise ValueError(
             "the chat template does not write an assistant's turn as it is, so its tokens "
             f"cannot be told apart: {content[:60]!r}"
         )
-    return _Span(found, found + len(content), len(text))
+    return _Span(found if before is None else len(before), found + len(content), end)
+
+
+def _prefix(
+    messages: Sequence[Message], text: str, tokenizer: Tokenizer, *, add_generation_prompt: bool
+) -> str | None:
+    """The rendered messages, if that is how `text` starts."""
+    try:
+        rendered = tokenizer.render(messages, add_generation_prompt=add_generation_prompt)
+    except ValueError:
+        return None
+    return rendered if text.startswith(rendered) else None
 
 
 def _skip_content(message: Message, text: str, cursor: int) -> int:

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 from attrs import define
 
 from lorakit.protocols import TensorSpec
-from lorakit_gguf.architectures import Architecture, architecture_of
+from lorakit_gguf.architectures import architecture_of
+from lorakit_gguf.architectures.table import Architecture
 from lorakit_gguf.file import GGUFFile
 from lorakit_gguf.vocabulary import Vocabulary
 

@@ -1,0 +1,127 @@
+"""Packing and the order of the data."""
+
+from __future__ import annotations
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lorakit.data.batches import IGNORED, BatchPlan, make_batch, pack
+from lorakit.data.dataset import Dataset, Report
+from lorakit.data.encode import Encoded
+
+CAPACITY = 30
+lengths = st.lists(st.integers(1, CAPACITY), min_size=1, max_size=60)
+
+
+@st.composite
+def orders(draw):
+    sizes = draw(lengths)
+    return draw(st.permutations(range(len(sizes)))), sizes
+
+
+def dataset_of(sizes):
+    examples = []
+    for number, size in enumerate(sizes):
+        ids = tuple(1000 * number + i for i in range(size))
+        examples.append(Encoded(ids, tuple(i % 3 != 1 for i in range(size))))
+    where = tuple(f"row {i}" for i in range(len(sizes)))
+    return Dataset(tuple(examples), where, Report())
+
+
+def plan_of(sizes, *, seed=0, batch_size=2, window=2, packed=False, shuffle=True):
+    return BatchPlan(
+        dataset=dataset_of(sizes),
+        seed=seed,
+        batch_size=batch_size,
+        window=window,
+        packed_length=CAPACITY if packed else 0,
+        shuffle=shuffle,
+    )
+
+
+@given(orders())
+def test_each_example_is_in_exactly_one_row_whole(drawn):
+    order, sizes = drawn
+    rows = pack(order, sizes, CAPACITY)
+    assert sorted(i for row in rows for i in row) == list(range(len(sizes)))
+
+
+@given(orders())
+def test_no_row_is_over_its_capacity(drawn):
+    order, sizes = drawn
+    for row in pack(order, sizes, CAPACITY):
+        assert sum(sizes[i] for i in row) <= CAPACITY
+
+
+@given(orders())
+def test_packing_is_deterministic(drawn):
+    order, sizes = drawn
+    assert pack(order, sizes, CAPACITY) == pack(list(order), list(sizes), CAPACITY)
+
+
+@given(orders())
+def test_no_row_is_opened_while_another_has_space(drawn):
+    order, sizes = drawn
+    rows = pack(order, sizes, CAPACITY)
+    place = {index: rank for rank, index in enumerate(order)}
+    assert [place[row[0]] for row in rows] == sorted(place[row[0]] for row in rows)
+    for number, row in enumerate(rows):
+        opened = place[row[0]]
+        for earlier in rows[:number]:
+            used = sum(sizes[i] for i in earlier if place[i] < opened)
+            assert used + sizes[row[0]] > CAPACITY
+
+
+def test_an_example_goes_where_it_fits_best():
+    assert pack([0, 1, 2, 3], [20, 25, 5, 10], CAPACITY) == [(0, 3), (1, 2)]
+
+
+@given(lengths, st.integers(0, 5), st.integers(1, 4), st.booleans(), st.booleans())
+def test_an_epoch_visits_every_example_once(sizes, epoch, batch_size, packed, shuffle):
+    plan = plan_of(sizes, batch_size=batch_size, packed=packed, shuffle=shuffle)
+    visited = [i for rows in plan.micro_batches(epoch) for i in rows]
+    assert sorted(visited) == list(range(len(sizes)))
+    if not packed and not shuffle:
+        assert visited == list(range(len(sizes)))
+
+
+@given(lengths, st.integers(0, 3), st.booleans())
+def test_the_order_is_a_function_of_seed_and_epoch(sizes, seed, packed):
+    plan = plan_of(sizes, seed=seed, packed=packed)
+    forward = [list(plan.micro_batches(epoch)) for epoch in range(3)]
+    again = plan_of(sizes, seed=seed, packed=packed)
+    assert [list(again.micro_batches(epoch)) for epoch in (2, 1, 0)] == forward[::-1]
+
+
+def test_epochs_and_seeds_differ_in_their_order():
+    sizes = [1] * 50
+    found = {
+        (seed, epoch): tuple(plan_of(sizes, seed=seed).micro_batches(epoch))
+        for seed in range(3)
+        for epoch in range(3)
+    }
+    assert len(set(found.values())) == len(found)
+
+
+@given(lengths, st.integers(1, 4), st.integers(1, 4), st.data())
+def test_windows_from_a_cursor_are_the_rest_of_the_epoch(sizes, batch_size, window, data):
+    plan = plan_of(sizes, batch_size=batch_size, window=window)
+    whole = [[b.rows for b in w] for w in plan.windows(0, 0)]
+    assert len(whole) == plan.steps(0)
+    assert all(len(w) == window for w in whole[:-1])
+    done = data.draw(st.integers(0, len(whole)))
+    assert [[b.rows for b in w] for w in plan.windows(0, done * window)] == whole[done:]
+
+
+@given(lengths)
+def test_labels_never_cross_a_document(sizes):
+    batch = make_batch(dataset_of(sizes), range(len(sizes)))
+    tokens, labels = batch.tokens.tolist(), batch.labels.tolist()
+    assert batch.layout.lengths == tuple(sizes)
+    assert batch.layout.positions.tolist() == [i for size in sizes for i in range(size)]
+    assert batch.trained == sum(label != IGNORED for label in labels)
+    for token, label in zip(tokens, labels, strict=True):
+        number, place = divmod(token, 1000)
+        last = place == sizes[number] - 1
+        trained = not last and (place + 1) % 3 != 1
+        assert label == (token + 1 if trained else IGNORED)
