@@ -104,12 +104,13 @@ def explain(error: BaseException) -> str:
 
 def _register(manager: pluggy.PluginManager, module: Any, plugin: Plugin) -> None:
     _check_markers(module)
-    manager.register(module, name=plugin.label)
     try:
+        manager.register(module, name=plugin.label)
         manager.check_pending()
-    except pluggy.PluginValidationError:
+    except pluggy.PluginValidationError as error:
         manager.unregister(name=plugin.label)
-        raise
+        # pluggy says what is wrong on the last of several lines.
+        raise TypeError(" ".join(str(error).split())) from None
 
 
 def _check_markers(module: ModuleType) -> None:
