@@ -5,17 +5,15 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping
 from pathlib import Path
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from lorakit.errors import LorakitError, RunError, UserError
 from lorakit.hookspecs import hookimpl
 
 if TYPE_CHECKING:
-    from lorakit.train import Result
+    from lorakit.loop import Result
 
 __version__ = "0.1.0"
 __all__ = ["LorakitError", "RunError", "UserError", "__version__", "hookimpl", "train"]
@@ -49,15 +47,3 @@ def train(
 
     resolved = resolve_recipe(recipe, overrides=overrides, output=output)
     return run_recipe(resolved, resume=resume, fixed_output=output is not None)
-
-
-class _Package(ModuleType):
-    """Keeps `lorakit.train` the function: importing the submodule of the same name, as the
-    first call does, would else put the module in its place."""
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if name != "train" or not isinstance(value, ModuleType):
-            super().__setattr__(name, value)
-
-
-sys.modules[__name__].__class__ = _Package

@@ -49,7 +49,7 @@ from lorakit.state import (
     restore_generators,
     unflatten_optimizer,
 )
-from lorakit.train import Limits, Result, train, trainable_parameters
+from lorakit.loop import Limits, Result, train, trainable_parameters
 
 
 @frozen

@@ -7,11 +7,15 @@ import json
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+import tomli_w
+from lorakit.testing import write_checkpoint
 from lorakit.testing.environments import Environment, build_wheel, plant_plugin
 
 ROOT = Path(__file__).resolve().parents[2]
+SAMPLES = Path(__file__).with_name("samples")
 TOY = ROOT / "docs" / "examples" / "lorakit-toy"
 TOY_CONFIG = {
     "model_type": "toy",
@@ -80,3 +84,83 @@ def plant(
     yield plant
     for module in planted:
         sys.modules.pop(module, None)
+
+
+LLAMA_CONFIG = {
+    "model_type": "llama",
+    "vocab_size": 320,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "rms_norm_eps": 1e-5,
+}
+
+
+@pytest.fixture(scope="session")
+def base_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random checkpoint with a byte tokenizer: do not write to it."""
+    return write_checkpoint("llama", LLAMA_CONFIG, tmp_path_factory.mktemp("base"))
+
+
+@pytest.fixture
+def plant_sample(plant: Callable[..., str]) -> Callable[[str], str]:
+    """Plants the plugin of samples/NAME.py as `lorakit-sample-NAME`."""
+
+    def plant_sample(name: str) -> str:
+        source = (SAMPLES / f"{name}.py").read_text(encoding="utf-8")
+        return plant(f"lorakit-sample-{name.replace('_', '-')}", source)
+
+    return plant_sample
+
+
+@pytest.fixture
+def small_recipe(tmp_path: Path, base_model: Path) -> Callable[..., str]:
+    """`small_recipe(adapter={...}, ...)` writes a recipe of a few steps; its reference."""
+    rows = [
+        {"question": f"{n} or {n + 1}?", "answer": "both" if n % 2 else "neither"}
+        for n in range(8)
+    ]
+    turns = [
+        {
+            "messages": [
+                {"role": "user", "content": row["question"]},
+                {"role": "assistant", "content": row["answer"]},
+            ]
+        }
+        for row in rows
+    ]
+    data, quiz = tmp_path / "data.jsonl", tmp_path / "quiz.jsonl"
+    data.write_text("\n".join(map(json.dumps, turns)), encoding="utf-8")
+    quiz.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+
+    def write(**sections: Any) -> str:
+        table = {
+            "output": str(tmp_path / "run"),
+            "device": "cpu",
+            "model": {"name": "llama", "path": str(base_model)},
+            "data": {"name": "messages", "path": str(data)},
+            "optimizer": {"name": "adamw", "lr": 1e-2},
+            "schedule": {"name": "constant"},
+            "training": {"epochs": 3, "batch_size": 4},
+            "checkpointer": {"name": "safetensors", "save_merged": False},
+            "loggers": [{"name": "disk"}],
+            **sections,
+        }
+        file = tmp_path / "recipes.toml"
+        file.write_text(tomli_w.dumps({"small": table}), encoding="utf-8")
+        return f"{file}:small"
+
+    return write
+
+
+@pytest.fixture
+def losses() -> Callable[[Path], list[float]]:
+    """The loss of each step of a run."""
+
+    def losses(run: Path) -> list[float]:
+        lines = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+        return [json.loads(line)["loss"] for line in lines]
+
+    return losses

@@ -211,7 +211,7 @@ def test_training_lowers_the_loss(train_run, make_rows, read_metrics):
 
 def test_lorakit_train_stays_a_function_once_its_submodule_is_imported(make_recipe):
     import lorakit
-    from lorakit.train import Result
+    from lorakit.loop import Result
 
     for _ in range(2):
         assert isinstance(lorakit.train(make_recipe()), Result)

@@ -125,7 +125,9 @@ def train(
             )
             if stop.is_set() or state.step == limits.total_steps:
                 break
-            if limits.every_steps and state.step % limits.every_steps == 0:
+            due = limits.every_steps and state.step % limits.every_steps == 0
+            # The last step of an epoch is saved below, once the epoch counts as done.
+            if due and state.cursor < len(plan.micro_batches(state.epoch)):
                 save(state)
 
         epoch_ended = state.cursor >= len(plan.micro_batches(state.epoch))
