@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any, cast
 
@@ -86,7 +87,8 @@ def apply_adapter(
                 "Leave it out of adapter.targets.",
             )
         wrapped = method.wrap(linear, options, name)
-        device = next(linear.parameters()).device
+        # A quantized layer may keep all it has in buffers.
+        device = next(chain(linear.parameters(), linear.buffers())).device
         for parameter in _own_parameters(wrapped).values():
             parameter.data = parameter.data.to(device=device, dtype=dtype)
             parameter.requires_grad_(True)

@@ -28,6 +28,7 @@ from lorakit.data.tokenizer import Tokenizer
 from lorakit.errors import Interrupted, UserError
 from lorakit.interrupts import stop_on_signals
 from lorakit.logs import LoggerGroup
+from lorakit.loop import Limits, Result, train, trainable_parameters
 from lorakit.merging import merge_adapter
 from lorakit.progress import TerminalProgress
 from lorakit.protocols import Precision, Progress, RunInfo, Snapshot, SnapshotStore
@@ -49,7 +50,6 @@ from lorakit.state import (
     restore_generators,
     unflatten_optimizer,
 )
-from lorakit.loop import Limits, Result, train, trainable_parameters
 
 
 @frozen

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, TextIO
 
-from attrs import define
+from attrs import define, field
 
 QUIET_SECONDS = 0.5
 """A task that ends sooner is not worth a line where there is no terminal."""
@@ -18,7 +18,8 @@ QUIET_SECONDS = 0.5
 class TerminalProgress:
     """A `lorakit.protocols.Progress`."""
 
-    stream: TextIO = sys.stderr
+    # Looked up as late as this: whoever embeds lorakit may have redirected it since the import.
+    stream: TextIO = field(factory=lambda: sys.stderr)
 
     @contextmanager
     def task(

@@ -151,7 +151,7 @@ class TinyLlama:
             heads = {"q_proj": "num_attention_heads", "k_proj": "num_key_value_heads"}
             for part, count in heads.items():
                 if part in name:
-                    tensor = permute(tensor, self.config[count])
+                    tensor = permute(tensor, self.config[count])  # noqa: PLW2901
             quant = gguf.GGMLQuantizationType[kind if tensor.ndim == 2 else "F32"]
             result[to_gguf_name(name)] = (gguf.quants.quantize(tensor, quant), quant)
         return result

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import tomli_w
+
 from lorakit.testing import write_checkpoint
 from lorakit.testing.environments import Environment, build_wheel, plant_plugin
 
@@ -65,9 +66,7 @@ def toy_environment(tmp_path_factory: pytest.TempPathFactory, toy_wheel: Path) -
 
 
 @pytest.fixture
-def plant(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> Iterator[Callable[..., str]]:
+def plant(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., str]]:
     """`plant(distribution, source)` makes a plugin importable, with its entry point, in this
     process, until the test ends."""
     folder = tmp_path / "planted"
@@ -119,8 +118,7 @@ def plant_sample(plant: Callable[..., str]) -> Callable[[str], str]:
 def small_recipe(tmp_path: Path, base_model: Path) -> Callable[..., str]:
     """`small_recipe(adapter={...}, ...)` writes a recipe of a few steps; its reference."""
     rows = [
-        {"question": f"{n} or {n + 1}?", "answer": "both" if n % 2 else "neither"}
-        for n in range(8)
+        {"question": f"{n} or {n + 1}?", "answer": "both" if n % 2 else "neither"} for n in range(8)
     ]
     turns = [
         {

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import pytest
+
 from lorakit.catalog import first_party, load_catalog
 
 CORE = Path(__file__).resolve().parents[2] / "core" / "lorakit"

@@ -7,8 +7,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import lorakit
 import pytest
+
+import lorakit
 from lorakit.errors import RecipeError, UserError
 from lorakit.recipes import resolve_recipe
 
@@ -36,8 +37,9 @@ def test_lorakit_model_families(
 
 
 def test_lorakit_adapters(plant_sample: Plant, small_recipe: Recipe, losses: Losses):
-    from lorakit.trained import load_trained, merge_trained
     from safetensors.torch import load_file
+
+    from lorakit.trained import load_trained, merge_trained
 
     plant_sample("adapters")
     adapter = {"name": "scale", "targets": ["v_proj", "down_proj"]}
@@ -57,6 +59,7 @@ def test_lorakit_adapters(plant_sample: Plant, small_recipe: Recipe, losses: Los
 
 def _logits(model: Any) -> Any:
     import torch
+
     from lorakit.modules import Layout
 
     with torch.no_grad():
@@ -76,14 +79,16 @@ def test_lorakit_quantizations(
 
 
 def test_lorakit_quantizations_leave_the_head_alone(plant_sample: Plant, small_recipe: Recipe):
+    from torch import nn
+
     from lorakit.assemble import assemble
     from lorakit.progress import SilentProgress
-    from torch import nn
 
     plant_sample("quantizations")
     recipe = resolve_recipe(small_recipe(quantization={"name": "rows8"}))
     model = assemble(recipe, SilentProgress()).base.model
     assert type(model.lm_head) is nn.Linear
+    assert not hasattr(model.lm_head, "base")
     wrapped = model.get_submodule("model.layers.1.mlp.down_proj")
     assert type(wrapped.base).__name__ == "Int8Linear"
 

@@ -140,9 +140,12 @@ def unreadable(path: Path, why: str) -> UserError:
 
 
 def claims_local(path: str) -> bool:
-    """A path that exists here, or that can only be meant as one."""
-    local = Path(path).expanduser()
-    return local.exists()
+    """A path that exists here."""
+    try:
+        return Path(path).expanduser().exists()
+    # A user that does not exist, a name that is too long: nothing is there.
+    except (OSError, RuntimeError, ValueError):
+        return False
 
 
 def fetch_local(path: str, progress: Any) -> Path:

@@ -1,4 +1,4 @@
-"""Small random checkpoints, so that a family can be built, checked and trained without a download."""
+"""Small random checkpoints: a family can be built, checked and trained without a download."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from attrs import field, frozen
+from attrs import define, field
 from torch import Tensor, nn
 
 from lorakit.base_model import build_on_meta
@@ -26,7 +26,7 @@ SMALLEST_VOCABULARY = 256 + len(SPECIAL)
 """What `write_checkpoint`'s tokenizer needs: every byte, and the special tokens."""
 
 
-@frozen
+@define
 class MemoryCheckpoint:
     """A `lorakit.protocols.BaseCheckpoint` that is nowhere on a disk.
 

@@ -128,7 +128,12 @@ def _is_derived(name: str) -> bool:
 
 
 def linear_names(model: nn.Module) -> list[str]:
-    """Dotted names of all linear layers, the output head last."""
+    """Dotted names of all linear layers, quantized ones too, the output head last."""
     head = cast(nn.Module, model.lm_head)
-    names = [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and m is not head]
+    names = [n for n, m in model.named_modules() if _is_linear(m) and m is not head]
     return [*names, "lm_head"]
+
+
+def _is_linear(module: nn.Module) -> bool:
+    # A scheme's module need not be an nn.Linear: `dequantize` is what its record asks for.
+    return isinstance(module, nn.Linear) or hasattr(module, "dequantize")

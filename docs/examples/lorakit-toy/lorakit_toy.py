@@ -15,9 +15,10 @@ def build(config: Mapping[str, Any], options: ModelOptions) -> Any:
     # torch is imported in here, and so the layers are defined in here: `lorakit plugins list`
     # loads this module, and has no use for torch.
     import torch
+    from torch import nn
+
     from lorakit.model_config import ModelConfig
     from lorakit.modules import Attention, CausalDecoder, Decoder, RMSNorm, Rotary
-    from torch import nn
 
     class SquaredReLU(nn.Module):
         """y = down(relu(up(x))^2)."""

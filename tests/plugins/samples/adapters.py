@@ -1,6 +1,7 @@
 """An adapter method that trains one factor for each output row: y = (W x) * (1 + s)."""
 
 from attrs import field, frozen
+
 from lorakit import hookimpl
 from lorakit.records import AdapterMethod
 

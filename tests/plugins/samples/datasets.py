@@ -1,6 +1,7 @@
 """A data set format: rows of a question and an answer."""
 
 from attrs import frozen
+
 from lorakit import hookimpl
 from lorakit.options import DataOptions
 from lorakit.protocols import Conversation, Message

@@ -3,6 +3,7 @@
 import json
 
 from attrs import frozen
+
 from lorakit import hookimpl
 from lorakit.records import LoggerType
 

@@ -1,6 +1,7 @@
 """An optimizer: the sign of a running mean of gradients."""
 
 from attrs import field, frozen
+
 from lorakit import hookimpl
 from lorakit.options import OptimizerOptions
 from lorakit.records import OptimizerType
