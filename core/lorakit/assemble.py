@@ -349,7 +349,8 @@ def _summary(run: Run, state: TrainState) -> str:
         lines.append(f"  merged model:    {output / MERGED}")
     else:
         lines.append(f"  merge it:        lorakit merge {output} --output {output / MERGED}")
-    lines.append(f'  ask it yourself: lorakit generate {output} --prompt "What is lorakit?"')
+    question = run.recipe.samples.prompts[0] if run.recipe.samples.prompts else "..."
+    lines.append(f"  ask it yourself: lorakit generate {output} --prompt {json.dumps(question)}")
     return "\n".join(lines)
 
 

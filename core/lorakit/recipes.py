@@ -14,7 +14,7 @@ from attrs.validators import ge, matches_re, min_len
 
 from lorakit.catalog import KINDS, Catalog, load_catalog
 from lorakit.errors import RecipeError, UserError, did_you_mean, listing
-from lorakit.options import DataOptions, SampleOptions, ScheduleOptions, TrainingOptions
+from lorakit.options import SampleOptions, ScheduleOptions, TrainingOptions
 from lorakit.recipe_files import RecipeFile, deep_merge, find_recipe
 from lorakit.records import Offer
 from lorakit.structuring import describe_value, structure, unstructure
@@ -195,7 +195,7 @@ class _Resolver:
         for key, options in _OWN_SECTIONS.items():
             values[key] = self._own(options, table.get(key, {}), key)
         values["loggers"] = self._loggers(table.get("loggers"))
-        self._check_paths(values)
+        self._check_paths(table)
         if self.problems:
             raise self._error()
         recipe = Recipe(name=self.name, catalog=self.catalog, **values)
@@ -273,27 +273,34 @@ class _Resolver:
             ]
         return tuple(s for s in found if s is not None)
 
-    def _check_paths(self, values: Mapping[str, Any]) -> None:
-        """What can be known about paths without opening anything."""
-        model, data = values["model"], values["data"]
-        if model is not None:
+    def _check_paths(self, table: Mapping[str, Any]) -> None:
+        """What can be known about paths without opening anything, whatever else is wrong with
+        their sections."""
+        model, data = _path_of(table.get("model")), _path_of(table.get("data"))
+        if model:
             sources = self.catalog.all("model source")
-            if not any(source.claims(model.options.path) for source in sources):
+            if not any(source.claims(model) for source in sources):
                 examples = listing([e for source in sources for e in source.examples])
                 self.problems.append(
-                    f"model.path: {describe_value(model.options.path)} is no directory or file "
+                    f"model.path: {describe_value(model)} is no directory or file "
                     f"here, and of no other model source (such paths look like: {examples})"
                 )
-        if data is not None:
-            self.problems += data_path_problems(data.options)
+        if data:
+            self.problems += data_path_problems(data)
 
 
-def data_path_problems(options: DataOptions) -> list[str]:
+def _path_of(section: Any) -> str:
+    """The section's path; empty if it has none that is a string, which structuring reports."""
+    path = section.get("path") if isinstance(section, Mapping) else None
+    return path if isinstance(path, str) else ""
+
+
+def data_path_problems(path: str) -> list[str]:
     """What is wrong with a `data.path`, judged by names alone."""
     from lorakit.data.files import find_data_file
 
     try:
-        find_data_file(options.path)
+        find_data_file(path)
     except UserError as error:
         return [f"data.path: {error.message}" + (f". {error.fix}" if error.fix else "")]
     return []

@@ -7,6 +7,7 @@ the full key and one bad value must not hide the next.  cattrs' default converte
 
 from __future__ import annotations
 
+import json
 import types
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar, Union, get_args, get_origin
@@ -50,7 +51,9 @@ def describe_value(value: Any) -> str:
     if isinstance(value, bool):
         return "true" if value else "false"
     if isinstance(value, str):
-        return f'"{value}"' if len(value) <= 60 else f'"{value[:57]}..."'
+        # A line break would tear the message apart; TOML escapes it as JSON does.
+        short = value if len(value) <= 60 else f"{value[:57]}..."
+        return json.dumps(short, ensure_ascii=False)
     if isinstance(value, dict):
         return "a table"
     text = str(value)
@@ -167,7 +170,7 @@ def _structure_value(field: attrs.Attribute[Any], raw: Any, key: str) -> tuple[A
         return structure(kind, raw, key)
     try:
         value = _converter.structure(raw, kind)
-    except (_WrongType, cattrs.BaseValidationError, TypeError, ValueError):
+    except (_WrongType, cattrs.BaseValidationError, TypeError, ValueError, OverflowError):
         expected = describe_type(kind)
         return None, [f"{key}: expected {expected}, got {describe_value(raw)}"]
     if field.validator is not None:

@@ -136,6 +136,7 @@ def test_lorakit_checkpointers(
 
 def test_lorakit_loggers(plant_sample: Plant, small_recipe: Recipe, capfd: Any, losses: Losses):
     plant_sample("loggers")
+    plant_sample("faulty_loggers")
     loggers = [{"name": "disk"}, {"name": "diary", "file": "d.jsonl"}, {"name": "faulty"}]
     run = lorakit.train(small_recipe(loggers=loggers)).output
     entries = [json.loads(line) for line in (run / "d.jsonl").read_text().splitlines()]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TextIO
@@ -44,9 +45,11 @@ class TerminalLogger:
         self._bar: Any = None
         self._task: Any = None
         self._run: RunInfo | None = None
+        self._started = 0.0
 
     def start(self, run: RunInfo) -> None:
         self._run = run
+        self._started = time.perf_counter()
         if not self._stream.isatty():
             return
         from rich.console import Console
@@ -77,7 +80,9 @@ class TerminalLogger:
         if self._bar is not None:
             self._bar.update(self._task, completed=step, numbers=numbers)
         elif step % self._every == 0 or step == self._run.total_steps:
-            left = (self._run.total_steps - step) * values["step_seconds"]
+            # The mean of all steps so far: a single step's time follows its rows' lengths.
+            pace = (time.perf_counter() - self._started) / max(1, step - self._run.first_step)
+            left = (self._run.total_steps - step) * pace
             self._print(f"step {step}/{self._run.total_steps}  {numbers}  eta {_clock(left)}")
 
     def notice(self, text: str) -> None:

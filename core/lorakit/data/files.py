@@ -38,15 +38,21 @@ def find_data_file(path: str) -> Path:
             hint = did_you_mean(found.name, shipped) or f" (there is: {listing(shipped)})"
             raise UserError(f"lorakit ships no data file {found.name!r}{hint}")
         return found
-    found = Path(path).expanduser()
-    if not found.exists():
-        folder = found.parent
-        near = [p.name for p in folder.iterdir()] if folder.is_dir() else []
-        raise UserError(f"no file {path}{did_you_mean(found.name, near)}")
+    # A line break in a path would tear the message apart.
+    shown = path if path.isprintable() else repr(path)
+    try:
+        found = Path(path).expanduser()
+        if not found.exists():
+            folder = found.parent
+            near = [p.name for p in folder.iterdir()] if folder.is_dir() else []
+            raise UserError(f"no file {shown}{did_you_mean(found.name, near)}")
+    # A name too long, a home that nobody has, a null byte.
+    except (OSError, RuntimeError, ValueError) as error:
+        raise UserError(f"no file {shown}: {error}") from None
     if found.is_dir():
-        raise UserError(f"{path} is a directory", "Name a file in it.")
+        raise UserError(f"{shown} is a directory", "Name a file in it.")
     if found.suffix not in SUFFIXES:
-        raise UserError(f"{path}: expected a file ending in {' or '.join(SUFFIXES)}")
+        raise UserError(f"{shown}: expected a file ending in {' or '.join(SUFFIXES)}")
     return found
 
 

@@ -109,6 +109,9 @@ def check_plugin(
             continue
         except ConformanceError as error:
             failures.append(f"{case.id}: {error}")
+        # A verb that raises what its contract does not know.
+        except Exception as error:
+            failures.append(f"{case.id}: {error!r}")
     ensure(not failures, "\n".join(failures))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
@@ -76,7 +77,13 @@ def check_torch_free(module: str) -> None:
         ConformanceError: That loaded torch, or failed.
     """
     done = subprocess.run(
-        [sys.executable, "-c", _TORCH_FREE, module], capture_output=True, text=True, check=False
+        [sys.executable, "-c", _TORCH_FREE, module],
+        # The module may be importable here by what a test has put on the path.
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)},
+        capture_output=True,
+        text=True,
+        check=False,
     )
     ensure(done.returncode != 3, f"{module}: imports torch; import it inside the verbs")
-    ensure(done.returncode == 0, f"{module}: {done.stderr.strip() or done.returncode}")
+    said = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]
+    ensure(done.returncode == 0, f"{module}: {said[-1]}")

@@ -1,4 +1,4 @@
-"""A logger that writes all it is told, and one that cannot."""
+"""A logger that writes all it is told."""
 
 import json
 
@@ -41,14 +41,6 @@ class Diary:
         self.write("finish")
 
 
-class Faulty(Diary):
-    def metrics(self, values):
-        raise OSError("out of ink")
-
-
 @hookimpl
 def lorakit_loggers():
-    return [
-        LoggerType(name="diary", summary="a diary", options=DiaryOptions, open=Diary),
-        LoggerType(name="faulty", summary="a bad diary", options=DiaryOptions, open=Faulty),
-    ]
+    return [LoggerType(name="diary", summary="a diary", options=DiaryOptions, open=Diary)]
