@@ -89,9 +89,11 @@ def apply_adapter(
         wrapped = method.wrap(linear, options, name)
         # A quantized layer may keep all it has in buffers.
         device = next(chain(linear.parameters(), linear.buffers())).device
-        for parameter in _own_parameters(wrapped).values():
-            parameter.data = parameter.data.to(device=device, dtype=dtype)
-            parameter.requires_grad_(True)
+        for suffix, parameter in _own_parameters(wrapped).items():
+            place, _, attribute = suffix.rpartition(".")
+            # A new parameter: `.data` cannot go to the meta device, where a dry run leaves the base.
+            moved = nn.Parameter(parameter.detach().to(device=device, dtype=dtype))
+            setattr(wrapped.get_submodule(place), attribute, moved)
         setattr(owner, child, wrapped)
     return names
 

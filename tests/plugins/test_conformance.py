@@ -128,7 +128,7 @@ BROKEN = [
     ("quantizations", "self.dequantize(), self.bias)", "self.dequantize(), None)", "forward"),
     ("optimizers", "parameter.sub_(", "parameter.add_(", "raises the loss"),
     ("optimizers", 'alpha=group["lr"]', "alpha=options.lr", "with lr 0"),
-    ("optimizers", 'state.setdefault("mean", ', 'vars(self).setdefault(id(parameter), ', "other"),
+    ("optimizers", 'state.setdefault("mean", ', "vars(self).setdefault(id(parameter), ", "other"),
     ("optimizers", "options=SignOptions", "options=object", "not an attrs class"),
     ("precisions", "return float(norm)", "return norm", "not the norm"),
     ("precisions", "max_norm or float", "max_norm and float", "clip"),
@@ -140,7 +140,7 @@ BROKEN = [
     ("checkpointers", "{k: v.clone() for k, v in snapshot.tensors.items()}", "{}", "other keys"),
     ("loggers", 'self.write("finish")', "self.path.unlink()", "FileNotFoundError"),
     ("datasets", "except KeyError as error", "except OSError as error", "not a ValueError"),
-    ("datasets", "(Message(\"user\"", "(Message(\"human\"", "human"),
+    ("datasets", '(Message("user"', '(Message("human"', "human"),
     ("model_sources", 'path.startswith("shelf:")', "True", "claims"),
     ("model_sources", 'examples=("shelf:NAME",)', "", "examples"),
     ("weight_formats", '(path / "weights.npz").is_file()', "path.exists()", "claims"),
@@ -188,8 +188,9 @@ def test_all_problems_come_at_once(plant: Callable[..., str]):
 
 def test_archives_conform(plant_sample: Callable[[str], str], base_model: Path, tmp_path: Path):
     import numpy
-    from lorakit.testing import check_weight_format
     from safetensors.numpy import load_file
+
+    from lorakit.testing import check_weight_format
 
     plant_sample("weight_formats")
     (tmp_path / "config.json").write_bytes((base_model / "config.json").read_bytes())

@@ -5,7 +5,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from lorakit.options import DataOptions
 from lorakit.progress import SilentProgress
@@ -58,7 +58,7 @@ def check_dataset(
         ensure(found.text, "example: the sample row gives an empty text")
         return
     ensure(isinstance(found, Conversation), f"example: returns {type(found).__name__}")
-    messages = cast(Conversation, found).messages
+    messages = found.messages
     ensure(messages, "example: the sample row gives a conversation without messages")
     unknown = [m.role for m in messages if m.role not in ROLES]
     ensure(not unknown, f"example: roles {unknown} are none of {ROLES}")
