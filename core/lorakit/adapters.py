@@ -91,7 +91,7 @@ def apply_adapter(
         device = next(chain(linear.parameters(), linear.buffers())).device
         for suffix, parameter in _own_parameters(wrapped).items():
             place, _, attribute = suffix.rpartition(".")
-            # A new parameter: `.data` cannot go to the meta device, where a dry run leaves the base.
+            # A new one: `.data` cannot go to the meta device, where a dry run leaves the base.
             moved = nn.Parameter(parameter.detach().to(device=device, dtype=dtype))
             setattr(wrapped.get_submodule(place), attribute, moved)
         setattr(owner, child, wrapped)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import json
+import math
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -24,6 +26,7 @@ ROWS = [
     }
     for word in ("the model", "a row", "tokens", "one step", "weights", "an answer")
 ]
+LOUD = 'loggers=[{name = "terminal"}]'
 
 
 def tree(directory: Path) -> dict[str, bytes]:
@@ -36,7 +39,7 @@ def tree(directory: Path) -> dict[str, bytes]:
 
 @pytest.fixture
 def run(make_recipe: MakeRecipe) -> Path:
-    """A run whose adapter has moved far from its start, with a template of its own."""
+    """A run whose adapter has moved far from its start."""
     reference = make_recipe(
         ROWS,
         optimizer={"lr": 3e-2},
@@ -75,8 +78,6 @@ def test_generate_answers_alike_from_run_adapter_checkpoint_and_merged(
 def test_generate_follows_its_flags(
     run: Path, cli: Cli, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import io
-
     ask = ("generate", run, "--prompt", "Say tokens", "--max-new-tokens", 6)
     greedy = cli(*ask)
     assert cli(*ask, "--seed", 5).out == greedy.out
@@ -102,8 +103,6 @@ def test_eval_sees_what_training_did(run: Path, cli: Cli, checkpoint: Path, tmp_
     assert folded[0] == pytest.approx(after[0], abs=2e-4)
     assert before[2:] == after[2:] == folded[2:]
     assert after[3] == len(ROWS)
-    import math
-
     assert after[1] == pytest.approx(math.exp(after[0]), rel=1e-3)
 
 
@@ -223,16 +222,21 @@ def test_preview_tells_what_is_cut(make_recipe: MakeRecipe, cli: Cli) -> None:
     assert "1 rows over 40 tokens left out" in done.out.splitlines()[0]
 
 
-def test_dry_run_writes_nothing(make_recipe: MakeRecipe, cli: Cli) -> None:
-    reference = make_recipe(ROWS)
+@pytest.mark.parametrize("dora", [False, True])
+def test_dry_run_writes_nothing(dora: bool, make_recipe: MakeRecipe, cli: Cli) -> None:
+    reference = make_recipe(ROWS, adapter={"dora": dora})
     folder = Path(reference.rpartition("/")[0])
     before = tree(folder)
     done = cli("train", reference, "--dry-run", "--set", "adapter.rank=3")
     assert done.status == 0, done.err
     assert tree(folder) == before
     assert "rank = 3" in done.out
-    assert "training " in done.out
     assert "run: 6 steps of 1 x 1 rows" in done.out
+    # What it says of the model is what training then says.
+    (planned,) = re.findall(r"lora: training (.*) parameters", done.out)
+    trained = cli("train", reference, "--set", "adapter.rank=3", "--set", LOUD)
+    assert trained.status == 0, trained.err
+    assert f"lora: training {planned} parameters" in trained.out
 
 
 def test_dry_run_finds_what_training_would(make_recipe: MakeRecipe, cli: Cli) -> None:

@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import example, given
-from hypothesis import strategies as st
 
-from lorakit.catalog import Catalog, load_catalog
 from lorakit.errors import RecipeError, UserError
-from lorakit.recipes import parse_override, resolve_recipe, resolve_table
+from lorakit.recipes import parse_override, resolve_recipe
 
 MakeRecipe = Callable[..., str]
 SHIPPED = "lorakit:about_lorakit.jsonl"
@@ -135,11 +130,9 @@ def test_wrong_top_level_value(key: str, value: Any, expected: str, problems_of:
 @pytest.mark.parametrize(
     "section", ["model", "adapter", "optimizer", "precision", "data", "checkpointer"]
 )
-def test_unknown_plugin_name_lists_what_there_is(section: str) -> None:
-    table = valid_table()
-    table[section] = {**table.get(section, {}), "name": "zzzz"}
+def test_unknown_plugin_name_lists_what_there_is(section: str, make_recipe: MakeRecipe) -> None:
     with pytest.raises(RecipeError) as error:
-        resolve_table("mine", table, catalog())
+        resolve_recipe(make_recipe(), overrides={f"{section}.name": "zzzz"})
     (problem,) = error.value.problems
     assert problem.startswith(f"{section}.name: no ")
     assert "'zzzz' (there is: " in problem
@@ -265,99 +258,3 @@ def test_set_without_a_key(text: str, make_recipe: MakeRecipe, cli: Any) -> None
     done = cli("train", make_recipe(), "--set", text)
     assert done.status == 2
     assert done.err.startswith(f"error: --set {text}: expected KEY=VALUE")
-
-
-# Junk.
-
-SECTIONS = [
-    "model",
-    "adapter",
-    "optimizer",
-    "precision",
-    "data",
-    "checkpointer",
-    "quantization",
-    "schedule",
-    "training",
-    "samples",
-    "loggers",
-    "output",
-    "seed",
-    "device",
-    "summary",
-]
-words = st.from_regex(r"[a-z_]{1,12}", fullmatch=True)
-junk = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(words, inner, max_size=3),
-    max_leaves=8,
-)
-KEYS = words | st.sampled_from(
-    [
-        "name",
-        "path",
-        "rank",
-        "alpha",
-        "targets",
-        "lr",
-        "betas",
-        "max_seq_len",
-        "column",
-        "epochs",
-        "prompts",
-        "every_steps",
-    ]
-)
-
-
-@lru_cache
-def catalog() -> Catalog:
-    return load_catalog()
-
-
-def valid_table() -> dict[str, Any]:
-    return {
-        "output": "out",
-        "model": {"name": "llama", "path": "."},
-        "data": {"name": "messages", "path": SHIPPED},
-        "adapter": {"name": "lora"},
-        "optimizer": {"name": "adamw"},
-    }
-
-
-def check_only_recipe_errors(table: dict[str, Any]) -> None:
-    try:
-        resolve_table("junk", table, catalog())
-    except RecipeError as error:
-        for problem in error.problems:
-            key = re.match(r"([a-z_]+)[\w.\[\]]*: ", problem)
-            assert key, problem
-            assert key[1] in {*SECTIONS, *table}
-        lines = str(error).split("\n")
-        assert lines[1:] == [f"  {problem}" for problem in error.problems]
-
-
-@given(st.dictionaries(st.sampled_from(SECTIONS) | words, junk, max_size=6))
-def test_junk_for_sections(table: dict[str, Any]) -> None:
-    check_only_recipe_errors({**valid_table(), **table})
-
-
-@given(st.sampled_from(SECTIONS[:10]), st.dictionaries(KEYS, junk, max_size=4))
-def test_junk_within_a_section(section: str, values: dict[str, Any]) -> None:
-    table = valid_table()
-    table[section] = {**table.get(section, {}), **values}
-    check_only_recipe_errors(table)
-
-
-@given(st.text())
-@example("\0")
-@example("nowhere\nat all")
-@example("~nobody-of-this-name/x.jsonl")
-@example("x" * 5000 + ".jsonl")
-@example("lorakit:")
-@example("lorakit:../datasets/\0.jsonl")
-@example("pypi:\0")
-def test_junk_for_paths(path: str) -> None:
-    table = valid_table()
-    for section in ("model", "data"):
-        check_only_recipe_errors({**table, section: {**table[section], "path": path}})
