@@ -143,7 +143,8 @@ def parse_recipes(label: str, text: str) -> RecipeFile:
     """
     try:
         tables = tomli.loads(text)
-    except tomli.TOMLDecodeError as error:
+    # tomli lets a number of thousands of digits through as a plain ValueError.
+    except ValueError as error:
         raise UserError(f"{label}: not valid TOML: {error}") from None
     for key, value in tables.items():
         if not isinstance(value, dict):

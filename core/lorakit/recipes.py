@@ -160,7 +160,7 @@ def parse_override(text: str) -> tuple[str, Any]:
         raise UserError(f"--set {text}: expected KEY=VALUE, such as --set training.epochs=2")
     try:
         return key, tomli.loads(f"value = {raw}")["value"]
-    except tomli.TOMLDecodeError:
+    except ValueError:
         return key, raw
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from lorakit.errors import RecipeError, UserError
+from lorakit.recipe_files import parse_recipes
 from lorakit.recipes import parse_override, resolve_recipe
 
 MakeRecipe = Callable[..., str]
@@ -258,3 +259,8 @@ def test_set_without_a_key(text: str, make_recipe: MakeRecipe, cli: Any) -> None
     done = cli("train", make_recipe(), "--set", text)
     assert done.status == 2
     assert done.err.startswith(f"error: --set {text}: expected KEY=VALUE")
+
+
+def test_a_number_of_thousands_of_digits_is_an_error_like_any_other() -> None:
+    with pytest.raises(UserError, match=r"x\.toml: not valid TOML"):
+        parse_recipes("x.toml", "[a]\nb = " + "1" * 5000)
