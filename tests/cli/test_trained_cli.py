@@ -34,14 +34,6 @@ def generate(cli: Cli, path: Path, *more: object) -> str:
     return str(done.out)
 
 
-def test_generate_from_run_adapter_and_checkpoint(cli: Cli, run: Path) -> None:
-    answer = generate(cli, run)
-    assert answer.endswith("\n")
-    assert generate(cli, run / "adapter") == answer
-    (last,) = sorted((run / "checkpoints").iterdir())[-1:]
-    assert generate(cli, last) == answer
-
-
 def test_generate_draws_by_the_seed(cli: Cli, run: Path) -> None:
     drawn = [generate(cli, run, "--temperature", 2, "--seed", seed) for seed in (0, 0, 1)]
     assert drawn[0] == drawn[1] != drawn[2]
@@ -68,18 +60,6 @@ def test_merge(cli: Cli, run: Path, data: Path, tmp_path: Path) -> None:
     assert cli("eval", merged, "--data", data).out == cli("eval", run, "--data", data).out
 
 
-@pytest.mark.parametrize("name", ["full", "file"])
-def test_merge_onto_what_is_there(name: str, cli: Cli, run: Path, tmp_path: Path) -> None:
-    (tmp_path / "full").mkdir()
-    (tmp_path / "full" / "notes.txt").write_text("precious", encoding="utf-8")
-    (tmp_path / "file").write_text("precious", encoding="utf-8")
-    before = everything_in(tmp_path)
-    done = cli("merge", run, "--output", tmp_path / name)
-    assert done.status == 2
-    assert done.err.startswith(f"error: {tmp_path / name} exists and is not empty")
-    assert everything_in(tmp_path) == before
-
-
 def test_merge_of_no_run(cli: Cli, tmp_path: Path) -> None:
     done = cli("merge", tmp_path / "nowhere", "--output", tmp_path / "merged")
     assert done.status == 2
@@ -104,34 +84,6 @@ def test_eval_of_an_unknown_format(cli: Cli, run: Path, data: Path) -> None:
     done = cli("eval", run, "--data", data, "--format", "mesages")
     assert done.status == 2
     assert "no dataset is called 'mesages' (did you mean 'messages'?)" in done.err
-
-
-def test_preview_marks_what_is_trained(cli: Cli, make_recipe: Callable[..., str]) -> None:
-    turns = [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "So."}]
-    reference = make_recipe([{"messages": turns}] * 3)
-    folder = Path(reference.removesuffix(":tiny")).parent
-    before = everything_in(folder)
-    done = cli("preview", reference, "--rows", 1)
-    assert done.status == 0, done.err
-    assert done.out.startswith("data: 3 rows, ")
-    assert f"{folder / 'data.jsonl'}, line 1: " in done.out
-    assert "line 2: " not in done.out
-    assert "<|im_start|>user\nWhy?<|im_end|>" in done.out
-    assert "«So.<|im_end|>»" in done.out
-    assert everything_in(folder) == before
-
-
-def test_dry_run_writes_nothing(cli: Cli, make_recipe: Callable[..., str]) -> None:
-    reference = make_recipe(training={"epochs": 2, "batch_size": 4})
-    folder = Path(reference.removesuffix(":tiny")).parent
-    before = everything_in(folder)
-    done = cli("train", reference, "--dry-run")
-    assert done.status == 0, done.err
-    assert "lora: training " in done.out
-    assert f"run: 6 steps of 4 x 1 rows -> {folder / 'run'}" in done.out
-    table = tomli.loads(done.out.partition("\nmodel: ")[0])["tiny"]
-    assert table["training"]["epochs"] == 2
-    assert everything_in(folder) == before
 
 
 def test_a_second_run_takes_the_next_free_name(cli: Cli, make_recipe: Callable[..., str]) -> None:

@@ -142,7 +142,7 @@ def unreadable(path: Path, why: str) -> UserError:
 def claims_local(path: str) -> bool:
     """A path that exists here."""
     try:
-        return Path(path).expanduser().exists()
+        return bool(path) and Path(path).expanduser().exists()
     # A user that does not exist, a name that is too long: nothing is there.
     except (OSError, RuntimeError, ValueError):
         return False
