@@ -126,6 +126,8 @@ def run_recipe(recipe: Recipe, *, resume: bool = False, fixed_output: bool = Fal
     sinks = {s.name: s.record.open(recipe.output, s.options) for s in recipe.loggers}
     with LoggerGroup(sinks) as log:
         _announce(run, log)
+        if state.step:
+            log.notice(f"resuming after step {state.step} of {run.total_steps}")
         samples = Samples(recipe.samples, recipe.output, run.base.model, run.tokenizer)
         samples.before(log, resumed=state.step > 0)
         trained, everything = run.parameters
@@ -259,8 +261,8 @@ def _fit(
         )
     if stop.is_set() and state.step < run.total_steps:
         raise Interrupted(
-            f"stopped at step {state.step} of {run.total_steps}, saved in {recipe.output}; "
-            f"go on with --resume --output {recipe.output}"
+            f"stopped at step {state.step} of {run.total_steps}, and saved; go on with: "
+            f"lorakit train {recipe.output / RECIPE}:{recipe.name} --resume"
         )
 
 
