@@ -1,4 +1,4 @@
-"""lorakit fine-tunes large language models with LoRA and QLoRA on one device.
+"""lorakit fine-tunes large language models with LoRA on one device.
 
 `import lorakit` is cheap: nothing here imports torch until `train` is called.
 """

@@ -34,7 +34,7 @@ class _Group(click.Group):
 )
 @click.version_option(__version__, prog_name="lorakit")
 def app() -> None:
-    """Fine-tune large language models with LoRA and QLoRA on one device."""
+    """Fine-tune large language models with LoRA on one device."""
 
 
 for command in (train, recipes, plugins, preview, merge, generate, eval_command):
