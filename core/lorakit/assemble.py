@@ -187,13 +187,19 @@ def assemble(recipe: Recipe, progress: Progress, *, weights: bool = True) -> Run
     )
     total = sum(plan.steps(epoch) for epoch in range(training.epochs))
     total = min(total, training.max_steps) if training.max_steps else total
-    notices = [n for n in (tuned, precision.notice) if n]
+    notices = [n for n in (tuned, precision.notice, _optimizer_notice(recipe, device)) if n]
     if recipe.schedule.warmup_steps >= total:
         notices.append(
             f"schedule.warmup_steps: {recipe.schedule.warmup_steps} is not less than the run's "
             f"{total} steps; the learning rate never reaches its peak"
         )
     return Run(recipe, device, precision, base, tokenizer, adapted, dataset, plan, total, notices)
+
+
+def _optimizer_notice(recipe: Recipe, device: torch.device) -> str | None:
+    record = recipe.optimizer.record
+    notice: str | None = record.notice(device, recipe.optimizer.options) if record.notice else None
+    return notice
 
 
 def describe(run: Run) -> list[str]:

@@ -101,18 +101,32 @@ class QuantizationScheme(Offer):
         quantize: `quantize(linear, weight, options, compute_dtype)` returns the module that
             takes the place of `linear`, whose own weight is still on the meta device.  It has
             `in_features`, `out_features`, `bias` and `dequantize() -> [out, in]`, and passes
-            gradients to its input only.
+            gradients to its input only (`lorakit.modules.StoredLinear` is a base class that
+            does).
+        stored_bytes: `stored_bytes(shape, options)` gives the bytes that a weight `[out, in]` of
+            that shape takes as stored, for the memory estimate.
     """
 
     quantize: Callable[[nn.Linear, torch.Tensor, Any, torch.dtype], nn.Module]
+    stored_bytes: Callable[[tuple[int, ...], Any], int] | None = None
 
 
 @frozen(kw_only=True)
 class OptimizerType(Offer):
-    """An optimizer.  `build(parameters, options)` sees the trainable parameters only; the
-    options class has an `lr` field, which the schedule scales."""
+    """An optimizer.
+
+    Attributes:
+        build: `build(parameters, options)` sees the trainable parameters only; the options class
+            has an `lr` field, which the schedule scales.
+        state_bytes: `state_bytes(shape, itemsize, options)` gives the bytes of state kept for one
+            parameter of that shape and that many bytes an element, for the memory estimate.
+        notice: `notice(device, options)` gives a sentence the user should read before the run
+            (something the optimizer cannot do there), or None.
+    """
 
     build: Callable[[Sequence[torch.nn.Parameter], Any], torch.optim.Optimizer]
+    state_bytes: Callable[[tuple[int, ...], int, Any], int] | None = None
+    notice: Callable[[torch.device, Any], str | None] | None = None
 
 
 @frozen(kw_only=True)

@@ -45,12 +45,14 @@ def lorakit_optimizers() -> list[OptimizerType]:
             options=optimizers.AdamWOptions,
             default=True,
             build=optimizers.build_adamw,
+            state_bytes=optimizers.adamw_state_bytes,
         ),
         OptimizerType(
             name="sgd",
             summary="stochastic gradient descent",
             options=optimizers.SGDOptions,
             build=optimizers.build_sgd,
+            state_bytes=optimizers.sgd_state_bytes,
         ),
     ]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -71,3 +72,13 @@ def build_sgd(
         momentum=options.momentum,
         weight_decay=options.weight_decay,
     )
+
+
+def adamw_state_bytes(shape: tuple[int, ...], itemsize: int, options: AdamWOptions) -> int:
+    """Two means in the parameter's dtype, and the step in fp32."""
+    return 2 * math.prod(shape) * itemsize + 4
+
+
+def sgd_state_bytes(shape: tuple[int, ...], itemsize: int, options: SGDOptions) -> int:
+    """The momentum, if there is any."""
+    return math.prod(shape) * itemsize if options.momentum else 0

@@ -7,6 +7,7 @@ after the other, and a `Layout` says where each starts.
 from lorakit.modules.attention import Attention
 from lorakit.modules.cache import KeyValueCache
 from lorakit.modules.decoder import CausalDecoder, Decoder, DecoderBlock
+from lorakit.modules.frozen import StoredLinear
 from lorakit.modules.layout import Layout
 from lorakit.modules.mlp import GatedMLP
 from lorakit.modules.norm import RMSNorm
@@ -22,5 +23,6 @@ __all__ = [
     "Layout",
     "RMSNorm",
     "Rotary",
+    "StoredLinear",
     "llama3_frequencies",
 ]
