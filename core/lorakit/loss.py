@@ -17,78 +17,122 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from lorakit.data.batches import IGNORED, Batch
+from lorakit.modules.narrow import NarrowLinear, project, project_back
 from lorakit.protocols import CausalLM
 
 CHUNK_ELEMENTS = 16 * 2**20
 """Logits in a chunk: 64 MB of fp32.  Larger chunks are no faster, on CPU they are slower."""
 
+FP16_GRADIENT_SCALE = 2.0**10
+"""Hidden states' gradients times this fit fp16: the largest have the size of a head's row, and
+the smallest would vanish below 6e-8 without it."""
+
+
+def chunk_tokens(vocabulary: int) -> int:
+    """Tokens projected at a time."""
+    return max(1, CHUNK_ELEMENTS // vocabulary)
+
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
-    """sum_i -log softmax(W h_i)[y_i], and its gradient in h, chunk by chunk."""
+    """sum_i -log softmax(f(W h_i))[y_i], and its gradient in h, chunk by chunk; f(z) is
+    cap * tanh(z / cap), or z without a cap.
+
+    With m = max_j f(z)_j, e_j = exp(f(z)_j - m) and s = sum_j e_j, the loss is
+    log s - (f(z)_y - m), and its gradient in f(z) is e_j / s, less 1 at y.
+    """
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, chunk: int) -> Tensor:
-        """hidden `[N, D]`, weight `[V, D]`, labels `[N]` -> scalar, fp32."""
-        total = torch.zeros((), dtype=torch.float32, device=hidden.device)
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, cap: float) -> Tensor:
+        """hidden `[N, D]`, weight `[V, D]` in its own dtype, labels `[N]`, cap 0 for none ->
+        scalar, fp32 at least."""
+        wide = torch.promote_types(hidden.dtype, torch.float32)
+        shape = min(chunk_tokens(len(weight)), len(labels)), len(weight)
+        # One set of buffers for all chunks: products in the dtype of the hidden states, all
+        # else in fp32.  Where that is the same dtype, it is the same buffer.
+        products = hidden.new_empty(shape)
+        scores = products if wide == hidden.dtype else products.new_empty(shape, dtype=wide)
+        bends = torch.empty_like(scores) if cap else None
+        losses = torch.empty(len(labels), dtype=wide, device=hidden.device)
         wanted = ctx.needs_input_grad[0]
         gradient = torch.empty_like(hidden) if wanted else hidden.new_empty(0)
-        for start in range(0, len(labels), chunk):
-            part = slice(start, start + chunk)
-            logits = (hidden[part] @ weight.t()).float()
+        ctx.scale = FP16_GRADIENT_SCALE if hidden.dtype == torch.float16 else 1.0
+        for start in range(0, len(labels), max(1, shape[0])):
+            part = slice(start, start + shape[0])
             target = labels[part].unsqueeze(1)
-            log_normalizer = logits.logsumexp(dim=1, keepdim=True)
-            total += (log_normalizer - logits.gather(1, target)).sum()
+            product, score = products[: len(target)], scores[: len(target)]
+            bend = None if bends is None else bends[: len(target)]
+            project(hidden[part], weight, out=product)
+            if product is not score:
+                score.copy_(product)
+            if bend is not None:
+                torch.tanh(score.div_(cap), out=bend)
+                torch.mul(bend, cap, out=score)
+            score.sub_(score.amax(dim=1, keepdim=True))
+            picked = score.gather(1, target)
+            total = score.exp_().sum(dim=1, keepdim=True)
+            losses[part] = (total.log() - picked).squeeze(1)
             if not wanted:
                 continue
-            # d/dlogits = softmax - onehot, in place of the logits.
-            probabilities = logits.sub_(log_normalizer).exp_()
-            probabilities.scatter_add_(1, target, torch.full_like(target, -1.0, dtype=logits.dtype))
-            torch.matmul(probabilities.to(weight.dtype), weight, out=gradient[part])
+            score.scatter_add_(1, target, -total)
+            if bend is not None:
+                # d tanh(u) = 1 - tanh(u)^2.
+                score.mul_(bend.square_().neg_().add_(1))
+            # Divided before it is narrowed: a sum over the vocabulary does not fit fp16.
+            score.mul_(ctx.scale / total)
+            if product is not score:
+                product.copy_(score)
+            project_back(product, weight, out=gradient[part])
         ctx.save_for_backward(gradient)
-        return total
+        return losses.sum()
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor, None, None, None]:
         (gradient,) = ctx.saved_tensors
-        return gradient * upstream[0].to(gradient.dtype), None, None, None
+        factor = (upstream[0] / ctx.scale).to(gradient.dtype)
+        return gradient * factor, None, None, None
 
 
 def cross_entropy_sum(model: CausalLM, hidden: Tensor, labels: Tensor) -> Tensor:
     """The negative log-likelihood summed over the trained tokens, fp32.
 
     Args:
-        model: Gives the head.
+        model: Gives the head, and by `logit_softcap` the cap on its logits.
         hidden: `[T, D]`.
         labels: `[T]`; -100 is not trained, and not even projected.
     """
     kept = (labels != IGNORED).nonzero().squeeze(1)
-    hidden, labels = hidden.index_select(0, kept), labels.index_select(0, kept)
-    chunk = max(1, CHUNK_ELEMENTS // int(model.lm_head.out_features))
-    if has_plain_frozen_head(model):
-        weight = model.lm_head.weight
-        loss: Tensor = _ChunkedCrossEntropy.apply(hidden, weight, labels, chunk)
-        return loss
-    return _recomputed_cross_entropy(model, hidden, labels, chunk)
+    if len(kept) < len(labels):
+        hidden, labels = hidden.index_select(0, kept), labels.index_select(0, kept)
+    weight = frozen_head_weight(model)
+    if weight is None:
+        return _recomputed_cross_entropy(model, hidden, labels)
+    cap = getattr(model, "logit_softcap", None) or 0.0
+    loss: Tensor = _ChunkedCrossEntropy.apply(hidden, weight, labels, cap)
+    return loss
 
 
-def has_plain_frozen_head(model: CausalLM) -> bool:
-    """Whether logits are W h with a frozen W, and no more than that."""
+def frozen_head_weight(model: CausalLM) -> Tensor | None:
+    """W `[V, D]`, in the dtype it is stored in, if the logits are W h with a frozen W, soft-capped
+    or not, and no more than that; else None."""
     # An adapter or a quantization may have taken the head's place.
     head: nn.Module = model.lm_head
-    if type(head) is not nn.Linear or getattr(model, "logits_are_transformed", False):
-        return False
-    return cast("Tensor | None", head.bias) is None and not head.weight.requires_grad
+    plain = type(head) in (nn.Linear, NarrowLinear) and head.bias is None
+    if not plain or getattr(model, "logits_are_transformed", False):
+        return None
+    weight = cast(Tensor, head.weight)
+    return None if weight.requires_grad else weight
 
 
-def _recomputed_cross_entropy(
-    model: CausalLM, hidden: Tensor, labels: Tensor, chunk: int
-) -> Tensor:
-    """For a head with an adapter or a soft-cap: chunk by chunk too, logits computed again in the
-    backward pass."""
+def _recomputed_cross_entropy(model: CausalLM, hidden: Tensor, labels: Tensor) -> Tensor:
+    """For a head with an adapter, or logits that are more than a product: chunk by chunk too,
+    logits computed again in the backward pass."""
 
     def part_loss(part: Tensor, target: Tensor) -> Tensor:
-        return F.cross_entropy(model.logits(part).float(), target, reduction="sum")
+        scores = model.logits(part)
+        wide = torch.promote_types(scores.dtype, torch.float32)
+        return F.cross_entropy(scores.to(wide), target, reduction="sum")
 
+    chunk = chunk_tokens(int(model.lm_head.out_features))
     losses = [
         checkpoint(part_loss, part, target, use_reentrant=False)
         for part, target in zip(hidden.split(chunk), labels.split(chunk), strict=True)

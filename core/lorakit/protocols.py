@@ -29,6 +29,10 @@ class CausalLM(Protocol):
 
     The loss projects only trained tokens, so the two are never composed here.  A family's
     model is an `nn.Module` with these members; `lorakit.modules.decoder.CausalDecoder` is one.
+
+    Where logits are more than the head's product, the model says so by one of two attributes
+    that others leave out: `logit_softcap: float | None`, for cap * tanh(z / cap), or
+    `logits_are_transformed = True`, for anything else, at the price of a slower loss.
     """
 
     lm_head: nn.Linear

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -11,7 +14,9 @@ from torch import nn
 
 from lorakit import loss as loss_module
 from lorakit.builtin.lora_linear import LoRALinear
-from lorakit.loss import cross_entropy_sum, has_plain_frozen_head
+from lorakit.loss import cross_entropy_sum, frozen_head_weight
+from lorakit.modules import narrow
+from lorakit.modules.narrow import NarrowLinear
 
 PATIENT = settings(
     max_examples=60,
@@ -23,29 +28,33 @@ PATIENT = settings(
 class Head:
     """The part of a CausalLM that the loss sees; remembers how many tokens it projects."""
 
-    def __init__(self, width, vocabulary, *, kind="plain", dtype=torch.float32):
+    def __init__(
+        self, width, vocabulary, *, kind="plain", cap=None, narrow=False, dtype=torch.float32
+    ):
+        self.made_of = {"kind": kind, "cap": cap}
         head = nn.Linear(width, vocabulary, bias=kind == "bias").to(dtype).requires_grad_(False)
+        if narrow:
+            head = NarrowLinear(head.bfloat16(), dtype)
         if kind == "lora":
-            head = LoRALinear(head, rank=2, scale=1.5, dropout=0.0, dora=False).to(dtype)
+            head = LoRALinear(head, rank=2, scale=1.5, dropout=0.0, dora=False)
+            head.lora_A.to(dtype), head.lora_B.to(dtype)
             nn.init.normal_(head.lora_B.weight)
         self.lm_head = head
-        self.logits_are_transformed = kind == "soft_cap"
+        self.logits_are_transformed = kind == "transformed"
+        self.logit_softcap = cap
         self.projected = []
 
     def logits(self, hidden):
         self.projected.append(len(hidden))
         scores = self.lm_head(hidden)
-        return 3 * torch.tanh(scores / 3) if self.logits_are_transformed else scores
+        if self.logits_are_transformed:
+            scores = 3 * torch.tanh(scores / 3)
+        cap = self.logit_softcap
+        return scores if cap is None else cap * torch.tanh(scores / cap)
 
     def in_float64(self):
-        copy = Head.__new__(Head)
-        copy.projected = []
-        copy.logits_are_transformed = self.logits_are_transformed
-        kind = "lora" if isinstance(self.lm_head, LoRALinear) else "plain"
         width, vocabulary = self.lm_head.in_features, self.lm_head.out_features
-        if kind == "plain":
-            kind = "bias" if self.lm_head.bias is not None else "plain"
-        copy.lm_head = Head(width, vocabulary, kind=kind, dtype=torch.float64).lm_head
+        copy = Head(width, vocabulary, **self.made_of, dtype=torch.float64)
         copy.lm_head.load_state_dict(self.lm_head.state_dict())
         return copy
 
@@ -56,7 +65,10 @@ cases = st.fixed_dictionaries(
         "vocabulary": st.integers(2, 90),
         "mask": st.lists(st.booleans(), min_size=1, max_size=40),
         "chunk": st.integers(1, 45),
-        "kind": st.sampled_from(["plain", "lora", "bias", "soft_cap"]),
+        "kind": st.sampled_from(["plain", "plain", "lora", "bias", "transformed"]),
+        "cap": st.sampled_from([None, 3.0, 30.0]),
+        "narrow": st.booleans(),
+        "block": st.integers(1, 400),
         "size": st.sampled_from([0.1, 1.0, 20.0]),
         "seed": st.integers(0, 10_000),
     }
@@ -72,11 +84,14 @@ def relative_error(found, expected):
 def test_loss_and_gradients_equal_cross_entropy_in_float64(monkeypatch, case):
     torch.manual_seed(case["seed"])
     count, vocabulary = len(case["mask"]), case["vocabulary"]
-    model = Head(case["width"], vocabulary, kind=case["kind"])
+    model = Head(
+        case["width"], vocabulary, kind=case["kind"], cap=case["cap"], narrow=case["narrow"]
+    )
     hidden = (torch.randn(count, case["width"]) * case["size"]).requires_grad_()
     labels = torch.randint(vocabulary, (count,))
     labels[~torch.tensor(case["mask"])] = -100
     monkeypatch.setattr(loss_module, "CHUNK_ELEMENTS", case["chunk"] * vocabulary)
+    monkeypatch.setattr(narrow, "BLOCK_ELEMENTS", case["block"])
 
     found = cross_entropy_sum(model, hidden, labels)
     (found * 0.25).backward()
@@ -91,7 +106,8 @@ def test_loss_and_gradients_equal_cross_entropy_in_float64(monkeypatch, case):
     # A probability has the rounding error of the logits it comes from.
     kept = labels != -100
     scores = reference.logits(wide).detach()[kept]
-    unit = 1e-6 * (1 + scores.abs().max().item()) if kept.any() else 0.0
+    products = reference.lm_head(wide).detach()[kept]
+    unit = 1e-6 * (1 + products.abs().max().item()) if kept.any() else 0.0
     assert abs(found.item() - expected.item()) <= unit * kept.sum() + 1e-6 * expected.item()
     ends = F.one_hot(labels[kept], vocabulary)
     terms = (scores.softmax(1) + ends) / 4
@@ -136,14 +152,54 @@ def test_loss_of_a_usual_size_is_within_1e_6(kind, tokens, monkeypatch):
     assert relative_error(hidden.grad, wide.grad) <= 1e-6
 
 
+@pytest.mark.parametrize("narrow", [False, True])
+@pytest.mark.parametrize("cap", [None, 3.0])
 @pytest.mark.parametrize(
-    ("kind", "plain"), [("plain", True), ("lora", False), ("bias", False), ("soft_cap", False)]
+    ("kind", "plain"), [("plain", True), ("lora", False), ("bias", False), ("transformed", False)]
 )
-def test_only_a_plain_frozen_head_takes_the_short_way(kind, plain):
-    model = Head(8, 20, kind=kind)
-    assert has_plain_frozen_head(model) == plain
+def test_only_a_frozen_head_without_more_takes_the_short_way(kind, plain, cap, narrow):
+    model = Head(8, 20, kind=kind, cap=cap, narrow=narrow)
+    assert (frozen_head_weight(model) is not None) == plain
     model.lm_head.requires_grad_(True)
-    assert not has_plain_frozen_head(model)
+    assert frozen_head_weight(model) is None
+
+
+@pytest.mark.parametrize(("dtype", "unit"), [(torch.bfloat16, 2**-8), (torch.float16, 2**-11)])
+@pytest.mark.parametrize("cap", [None, 5.0])
+def test_half_precision_rounds_products_and_nothing_else(dtype, unit, cap, monkeypatch):
+    """The sums over the vocabulary are fp32: what is left is a rounding of logits and of
+    gradients, however large the vocabulary."""
+    torch.manual_seed(0)
+    monkeypatch.setattr(loss_module, "CHUNK_ELEMENTS", 7 * 20_000)
+    model = Head(64, 20_000, cap=cap, dtype=dtype)
+    hidden = torch.randn(20, 64).to(dtype).requires_grad_()
+    labels = torch.randint(20_000, (20,))
+    found = cross_entropy_sum(model, hidden, labels)
+    (found / 20).backward()
+    wide = hidden.detach().double().requires_grad_()
+    expected = F.cross_entropy(model.in_float64().logits(wide), labels)
+    expected.backward()
+    assert found.dtype == torch.float32
+    assert hidden.grad.dtype == dtype
+    assert found.item() / 20 == pytest.approx(expected.item(), rel=unit)
+    assert relative_error(hidden.grad, wide.grad) <= 2 * unit
+
+
+def test_gradients_at_the_end_of_the_range_of_fp16_are_not_lost():
+    """A token that is all but certain has gradients where fp16 has a few bits left."""
+    torch.manual_seed(0)
+    model = Head(32, 50, dtype=torch.float16)
+    labels = torch.randint(50, (6,))
+    hidden = (model.lm_head.weight[labels].detach() * 45).requires_grad_()
+    scores = model.in_float64().logits(hidden.detach().double())
+    left = 1 - scores.softmax(1)[torch.arange(6), labels]
+    loss_scale = 2.0**14
+    (cross_entropy_sum(model, hidden, labels) * loss_scale).backward()
+    wide = hidden.detach().double().requires_grad_()
+    F.cross_entropy(model.in_float64().logits(wide), labels, reduction="sum").backward()
+    assert left.max() < 2e-4
+    error = (hidden.grad.double() / loss_scale - wide.grad).norm(dim=1)
+    assert (error <= 0.015 * wide.grad.norm(dim=1)).all()
 
 
 def test_head_with_an_adapter_projects_a_chunk_at_a_time(monkeypatch):
@@ -158,11 +214,17 @@ def test_head_with_an_adapter_projects_a_chunk_at_a_time(monkeypatch):
     assert sum(model.projected) == 2 * 40
 
 
+@pytest.mark.parametrize("narrow_head", [False, True])
 @pytest.mark.parametrize("kind", ["plain", "lora"])
-def test_never_more_than_a_chunk_of_logits_is_alive(kind, monkeypatch):
-    """Every tensor torch makes on the way is counted: none is as large as two chunks."""
+def test_never_more_than_a_chunk_of_logits_is_alive(kind, narrow_head, monkeypatch):
+    """Every tensor torch makes on the way is counted: none is larger than a chunk."""
     from torch.utils._python_dispatch import TorchDispatchMode
 
+    model = Head(12, 300, kind=kind, narrow=narrow_head)
+    labels = torch.randint(300, (200,))
+    hidden = torch.randn(200, 12, requires_grad=True)
+    base = model.lm_head.base if kind == "lora" else model.lm_head
+    head = base.weight.untyped_storage().data_ptr()
     largest = 0
 
     class Watch(TorchDispatchMode):
@@ -170,17 +232,70 @@ def test_never_more_than_a_chunk_of_logits_is_alive(kind, monkeypatch):
             nonlocal largest
             result = function(*args, **(kwargs or {}))
             for tensor in result if isinstance(result, (tuple, list)) else [result]:
-                if isinstance(tensor, torch.Tensor):
+                # Views of the head take no memory.
+                if isinstance(tensor, torch.Tensor) and tensor.untyped_storage().data_ptr() != head:
                     largest = max(largest, tensor.numel())
             return result
 
-    model = Head(4, 300, kind=kind)
-    labels = torch.randint(300, (200,))
-    hidden = torch.randn(200, 4, requires_grad=True)
     monkeypatch.setattr(loss_module, "CHUNK_ELEMENTS", 8 * 300)
+    monkeypatch.setattr(narrow, "BLOCK_ELEMENTS", 60 * 12)
     with Watch():
         cross_entropy_sum(model, hidden, labels).backward()
-    assert largest <= 8 * 300
+    # 8 tokens' logits; all 200 hidden states take as many numbers, the head would take 3600.
+    assert largest == 8 * 300
+
+
+PEAK = """
+import os, resource, sys, torch
+from torch import nn
+from lorakit.loss import cross_entropy_sum
+from lorakit.modules.narrow import NarrowLinear
+
+class Model:
+    def __init__(self, vocabulary, compute, stored, cap):
+        self.logit_softcap = cap
+        head = nn.Linear(256, vocabulary, bias=False, device="meta")
+        weight = torch.full((vocabulary, 256), 0.01, dtype=stored)
+        head.weight = nn.Parameter(weight, requires_grad=False)
+        self.lm_head = head if compute == stored else NarrowLinear(head, compute)
+
+def step(model, compute):
+    hidden = torch.randn(400, 256, dtype=compute, requires_grad=True)
+    cross_entropy_sum(model, hidden, torch.arange(400)).backward()
+
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+for words in sys.argv[1:]:
+    # A peak never falls: each case has a process of its own.
+    if os.fork():
+        os.wait()
+        continue
+    compute, stored, cap = words.split()
+    made_of = getattr(torch, compute), getattr(torch, stored), float(cap) or None
+    step(Model(1000, *made_of), made_of[0])
+    model = Model(128_256, *made_of)
+    before = peak()
+    step(model, made_of[0])
+    print(peak() - before, flush=True)
+    os._exit(0)
+"""
+
+
+def test_peak_memory_at_a_vocabulary_of_128k():
+    """400 tokens' logits are 196 MB of fp32, the head 125 MB; a chunk of logits is 64 MB."""
+    buffers = {
+        "float32 float32 0": 64,
+        "float32 float32 30": 64 + 64,
+        "bfloat16 bfloat16 0": 64 + 32,
+        # A block of the head, widened to fp32, beside a chunk of logits.
+        "float32 bfloat16 0": 64 + 64,
+    }
+    found = subprocess.run(
+        [sys.executable, "-c", PEAK, *buffers], capture_output=True, text=True, check=True
+    )
+    for line, (case, expected) in zip(found.stdout.splitlines(), buffers.items(), strict=True):
+        assert float(line) <= expected + 16, case
 
 
 def test_chunk_is_at_least_a_token(monkeypatch):

@@ -101,12 +101,15 @@ def _check_shapes(model: Any) -> int:
     logits = model.logits(states[-2:])
     shape = list(logits.shape)
     ensure(shape == [2, vocabulary], f"logits gives {shape}, expected [2, {vocabulary}]")
-    # The loss multiplies by the head's weight itself where nothing follows it.
+    # The loss multiplies by the head's weight itself where nothing but a soft-cap follows it.
     plain = torch.nn.functional.linear(states[-2:], model.lm_head.weight, model.lm_head.bias)
+    cap = getattr(model, "logit_softcap", None)
+    plain = cap * torch.tanh(plain / cap) if cap else plain
     declared = bool(getattr(model, "logits_are_transformed", False))
     ensure(
         declared or _close(plain, logits),
-        "logits are not lm_head(hidden), and the model does not say logits_are_transformed",
+        "logits are not lm_head(hidden), or that capped by the model's logit_softcap, and it does "
+        "not say logits_are_transformed",
     )
     return int(vocabulary)
 

@@ -1,0 +1,127 @@
+"""Weights kept in a narrower float than they are computed with."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+BLOCK_ELEMENTS = 16 * 2**20
+"""Weights widened at a time: 64 MB of fp32.  Smaller blocks make narrow, slower products."""
+
+
+def row_blocks(weight: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
+    """A matrix's rows in a dtype, block by block.
+
+    Args:
+        weight: `[out, in]`.
+        dtype: What the blocks are in.  The weight's own: there is one block, the weight itself.
+
+    Yields:
+        Which rows, and their values `[rows, in]`: good until the next block, which takes the
+        same memory.
+    """
+    if weight.dtype == dtype:
+        yield slice(0, len(weight)), weight
+        return
+    count = min(len(weight), max(1, BLOCK_ELEMENTS // weight.shape[1]))
+    buffer = weight.new_empty(count, weight.shape[1], dtype=dtype)
+    for start in range(0, len(weight), count):
+        rows = slice(start, min(start + count, len(weight)))
+        yield rows, buffer[: rows.stop - start].copy_(weight[rows])
+
+
+class NarrowLinear(nn.Module):
+    """y = x W^T + b, with W frozen, and widened to the dtype of x a block of rows at a time.
+
+    Neither forward nor backward ever holds W in that dtype, nor keeps x.
+
+    Args:
+        linear: Gives W and b.
+        compute_dtype: Of x.
+    """
+
+    def __init__(self, linear: nn.Linear, compute_dtype: torch.dtype) -> None:
+        super().__init__()
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.weight = linear.weight
+        self.bias = linear.bias
+        self.compute_dtype = compute_dtype
+
+    def dequantize(self, out: Tensor | None = None) -> Tensor:
+        """W `[out, in]`, whole, in the compute dtype or that of `out`."""
+        return self.weight.to(self.compute_dtype) if out is None else out.copy_(self.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x `[..., in]` -> `[..., out]`, in x's dtype."""
+        y: Tensor = _NarrowProduct.apply(x, self.weight)
+        return y if self.bias is None else y + self.bias.to(x.dtype)
+
+
+class _NarrowProduct(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.weight = weight
+        y = x.new_empty(*x.shape[:-1], len(weight))
+        project(x.flatten(0, -2), weight, out=y.view(-1, len(weight)))
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:
+        dx = dy.new_empty(*dy.shape[:-1], ctx.weight.shape[1])
+        project_back(dy.flatten(0, -2), ctx.weight, out=dx.view(-1, ctx.weight.shape[1]))
+        return dx, None
+
+
+def project(x: Tensor, weight: Tensor, *, out: Tensor) -> None:
+    """out = x W^T: x `[N, in]`, W `[out, in]` in any float, out `[N, out]`."""
+    for rows, block in row_blocks(weight, x.dtype):
+        torch.mm(x, block.t(), out=out[:, rows])
+
+
+def project_back(dy: Tensor, weight: Tensor, *, out: Tensor) -> None:
+    """out = dy W: dy `[N, out]`, W `[out, in]` in any float, out `[N, in]`."""
+    for rows, block in row_blocks(weight, dy.dtype):
+        out.addmm_(dy[:, rows], block, beta=0 if rows.start == 0 else 1)
+
+
+class NarrowEmbedding(nn.Embedding):
+    """Looks rows up as they are stored, and widens those.
+
+    Args:
+        embedding: Gives the table.
+        compute_dtype: Of the result.
+    """
+
+    def __init__(self, embedding: nn.Embedding, compute_dtype: torch.dtype) -> None:
+        count, width = embedding.weight.shape
+        super().__init__(count, width, embedding.padding_idx, device="meta")
+        self.weight = embedding.weight
+        self.compute_dtype = compute_dtype
+
+    def forward(self, input: Tensor) -> Tensor:
+        """input: tokens `[T]` -> `[T, D]`."""
+        return super().forward(input).to(self.compute_dtype)
+
+
+def compute_in(model: nn.Module, dtype: torch.dtype) -> None:
+    """Has embeddings and linear layers whose weights are stored in another float compute in
+    `dtype`; all else (norms, biases) is small, and its modules cast it where they use it.
+
+    Args:
+        model: With its weights loaded, and no adapter yet.
+        dtype: Of the activations.
+    """
+    for module in list(model.modules()):
+        for name, child in module.named_children():
+            weight = getattr(child, "weight", None)
+            if weight is None or cast(Tensor, weight).dtype == dtype:
+                continue
+            if type(child) is nn.Linear:
+                setattr(module, name, NarrowLinear(child, dtype))
+            elif type(child) is nn.Embedding:
+                setattr(module, name, NarrowEmbedding(child, dtype))
