@@ -1,13 +1,15 @@
-"""Folding an adapter into the base weights, shard by shard, as the base is stored on disk.
+"""Folding an adapter into the base weights, as the base is stored on disk.
 
-No model is built: a shard is read, the adapted layers in it are merged, and it is written under
-the same name.  Everything else of the base directory is kept as it is.
+No model is built: a tensor is read, merged if its layer is adapted, and written to the file of
+the same name before the next is read.  Everything else of the base directory is kept as it is.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import shutil
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +17,24 @@ import torch
 from torch import Tensor
 
 from lorakit.atomic import replaced_directory, write_bytes
-from lorakit.errors import UserError
+from lorakit.errors import RunError, UserError
 from lorakit.protocols import BaseCheckpoint, Progress
 from lorakit.records import AdapterMethod
+from lorakit.weights.shard_plan import (
+    Plan,
+    plan_bytes,
+    plan_shards,
+    shard_metadata,
+    write_index,
+)
+from lorakit.weights.shard_writer import ShardWriter
 
 Tensors = Mapping[str, Mapping[str, Tensor]]
+BaseWeight = Callable[[str, Tensor], Tensor]
+"""`(name, stored) -> tensor`: what stands for a stored tensor of the base when it is merged."""
+
+MERGEABLE = ("F64", "F32", "F16", "BF16")
+"""Dtypes that a merged weight can be rounded to without scales of its own."""
 
 
 def merge_adapter(
@@ -32,11 +47,14 @@ def merge_adapter(
     files: Mapping[str, bytes],
     progress: Progress,
     replace: bool = False,
+    base_weight: BaseWeight | None = None,
 ) -> None:
     """Writes the merged model as a Hugging Face directory, whole or not at all.
 
+    A merged weight is computed in fp32 and rounded once, to the dtype it has in the base.
+
     Args:
-        base: Read tensor by tensor; one shard is in memory at a time.
+        base: Read tensor by tensor.
         method: Merges one weight.
         options: Its options.
         tensors: The adapter's, by layer and then by name within the adapter.
@@ -44,14 +62,53 @@ def merge_adapter(
         files: Replace or join the base's own side files: the tokenizer training used.
         progress: Counts tensors.
         replace: Take the place of what is in the directory.
+        base_weight: Stands between the base and the adapter: for an adapter that was trained
+            on other weights than are stored, as on quantized ones.
 
     Raises:
-        UserError: The directory holds something, or the adapter has a layer the base lacks.
+        UserError: The directory holds something, the disk has too little room, or the adapter
+            has a layer that the base lacks.
+        RunError: Writing failed; the directory is as it was.
     """
     if not replace and directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
         raise UserError(f"{directory} exists and is not empty", "Name another --output.")
-    shards = base.shards()
-    stored = {name for shard in shards.values() for name in shard}
+    plan = plan_shards(base)
+    _check_layers(base, plan, tensors)
+    _check_room(directory, plan_bytes(plan))
+    try:
+        with replaced_directory(directory) as folder:
+            with ExitStack() as opened:
+                files_of = _open_writers(base, plan, folder, opened)
+                task = opened.enter_context(progress.task("merging", len(files_of), "tensors"))
+                for name, tensor in base.tensors():
+                    weight = base_weight(name, tensor) if base_weight else tensor
+                    layer = name.removesuffix(".weight")
+                    if layer in tensors:
+                        with torch.no_grad():
+                            weight = method.merge(weight, tensors[layer], options, layer)
+                    files_of[name].write(name, weight)
+                    task.advance()
+            write_index(base, plan, folder)
+            _write_side_files(base, files, folder)
+    except OSError as error:
+        raise RunError(
+            f"{directory}: the merged model could not be written: {error}. Nothing is left of it."
+        ) from None
+
+
+def _open_writers(
+    base: BaseCheckpoint, plan: Plan, folder: Path, opened: ExitStack
+) -> dict[str, ShardWriter]:
+    """Tensor name -> the file it goes to."""
+    writers = {}
+    for shard, specs in plan.items():
+        writer = ShardWriter(folder / shard, specs, shard_metadata(base, shard))
+        writers.update(dict.fromkeys(specs, opened.enter_context(writer)))
+    return writers
+
+
+def _check_layers(base: BaseCheckpoint, plan: Plan, tensors: Tensors) -> None:
+    stored = {name: spec for specs in plan.values() for name, spec in specs.items()}
     lacking = sorted(layer for layer in tensors if f"{layer}.weight" not in stored)
     if lacking:
         raise UserError(
@@ -59,47 +116,30 @@ def merge_adapter(
             f"({len(lacking)} such layers)",
             "The adapter was trained on another base model.",
         )
-    with (
-        replaced_directory(directory) as folder,
-        progress.task("merging", len(stored), unit="tensors") as task,
-    ):
-        for shard in shards:
-            merged: dict[str, Tensor] = {}
-            for name, tensor in base.tensors(shard):
-                layer = name.removesuffix(".weight")
-                if layer in tensors:
-                    merged[name] = _merge_one(tensor, method, options, tensors[layer], layer)
-                else:
-                    merged[name] = tensor
-                task.advance()
-            _save_shard(merged, folder / shard)
-            del merged
-        if len(shards) > 1:
-            write_bytes(folder / "model.safetensors.index.json", _index(shards, base))
-        write_bytes(folder / "config.json", (json.dumps(dict(base.config), indent=2)).encode())
-        for name, content in {**base.files(), **files}.items():
-            write_bytes(folder / name, content)
+    for layer in tensors:
+        dtype = stored[f"{layer}.weight"].dtype
+        if dtype not in MERGEABLE:
+            raise UserError(
+                f"{base.path}: {layer}.weight is stored as {dtype}, which nothing can be merged "
+                "into",
+                "Merge into the model in bf16 or fp16.",
+            )
 
 
-@torch.no_grad()
-def _merge_one(
-    weight: Tensor, method: AdapterMethod, options: Any, tensors: Mapping[str, Tensor], layer: str
-) -> Tensor:
-    return method.merge(weight, tensors, options, layer).to(weight.dtype).contiguous()
+def _check_room(directory: Path, needed: int) -> None:
+    place = next(p for p in (directory, *directory.absolute().parents) if p.exists())
+    free = shutil.disk_usage(place).free
+    if needed > free:
+        raise UserError(
+            f"{directory}: the merged model takes {needed / 1e9:.2f} GB, the disk has "
+            f"{free / 1e9:.2f} GB left",
+            "Name a directory on another disk.",
+        )
 
 
-def _save_shard(tensors: Mapping[str, Tensor], path: Path) -> None:
-    from safetensors.torch import save_file
-
-    save_file(dict(tensors), path, metadata={"format": "pt"})
-    # safetensors writes with the owner's permissions alone.
-    path.chmod(path.parent.stat().st_mode & 0o666)
-
-
-def _index(shards: Mapping[str, Mapping[str, Any]], base: BaseCheckpoint) -> bytes:
-    weight_map = {name: shard for shard, names in shards.items() for name in names}
-    index_path = base.path / "model.safetensors.index.json"
-    metadata = {}
-    if index_path.is_file():
-        metadata = json.loads(index_path.read_text(encoding="utf-8")).get("metadata", {})
-    return json.dumps({"metadata": metadata, "weight_map": weight_map}, indent=2).encode()
+def _write_side_files(base: BaseCheckpoint, files: Mapping[str, bytes], folder: Path) -> None:
+    stored = base.path / "config.json"
+    text = stored.read_bytes() if stored.is_file() else json.dumps(dict(base.config), indent=2)
+    config = text if isinstance(text, bytes) else text.encode()
+    for name, content in {"config.json": config, **base.files(), **files}.items():
+        write_bytes(folder / name, content)

@@ -186,7 +186,8 @@ def merge(weight: Tensor, tensors: Mapping[str, Tensor], options: LoRAOptions, n
         name: The linear's dotted name, for messages.
     """
     a, b = tensors["lora_A.weight"].float(), tensors["lora_B.weight"].float()
-    merged = weight.float().addmm(b, a, alpha=options.scale)
+    # In place: the largest layers of a large model take gigabytes in fp32.
+    merged = weight.to(a.dtype, copy=True).addmm_(b, a, alpha=options.scale)
     if options.dora:
         magnitude = tensors["lora_magnitude_vector"].float()
         # Above 0, so that a row of zeros stays one.
