@@ -12,12 +12,15 @@ from __future__ import annotations
 import ctypes
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 
 M_TRIM_THRESHOLD = -1
 M_MMAP_THRESHOLD = -3
 KEEP_BYTES = 2**30
+OWN_PAGES_BYTES = 2**20
 
 
 def tune_process(device: torch.device) -> str | None:
@@ -34,7 +37,34 @@ def tune_process(device: torch.device) -> str | None:
     return f"process: {', '.join(done)} (LORAKIT_TUNE=0 turns this off)"
 
 
+@contextmanager
+def tensors_in_own_pages() -> Iterator[None]:
+    """For loading weights: in a tuned process, every tensor above 1 MB gets pages of its own.
+
+    Kept for reuse, the memory of what a quantization reads and frees would be cut up by what it
+    keeps: measured, 25% more than the quantized model takes.
+    """
+    tuned = _tuned["malloc"]
+    if tuned:
+        _mallopt(M_MMAP_THRESHOLD, OWN_PAGES_BYTES)
+    try:
+        yield
+    finally:
+        if tuned:
+            _mallopt(M_MMAP_THRESHOLD, KEEP_BYTES)
+
+
+_tuned = {"malloc": False}
+"""What `tune_process` has done to this process."""
+
+
 def _raise_malloc_thresholds() -> bool:
+    raised = _mallopt(M_MMAP_THRESHOLD, KEEP_BYTES) and _mallopt(M_TRIM_THRESHOLD, KEEP_BYTES)
+    _tuned["malloc"] = raised
+    return raised
+
+
+def _mallopt(setting: int, value: int) -> bool:
     if not sys.platform.startswith("linux"):
         return False
     try:
@@ -42,4 +72,4 @@ def _raise_malloc_thresholds() -> bool:
     except (OSError, AttributeError):
         # Another C library (musl) has no such setting.
         return False
-    return bool(mallopt(M_MMAP_THRESHOLD, KEEP_BYTES) and mallopt(M_TRIM_THRESHOLD, KEEP_BYTES))
+    return bool(mallopt(setting, value))

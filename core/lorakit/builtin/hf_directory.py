@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from lorakit.errors import UserError
 from lorakit.protocols import TensorSpec
+from lorakit.weights.safetensors_file import read_header, read_tensors
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -72,16 +73,8 @@ class HuggingFaceDirectory:
         return {name: read_header(self.path / name) for name in self._shard_names}
 
     def tensors(self, shard: str | None = None) -> Iterator[tuple[str, Tensor]]:
-        from safetensors import SafetensorError, safe_open
-
         for name in [shard] if shard else self._shard_names:
-            file = self.path / name
-            try:
-                with safe_open(file, framework="pt") as opened:
-                    for key in opened.keys():  # noqa: SIM118 (it is no dict)
-                        yield key, opened.get_tensor(key)
-            except SafetensorError as error:
-                raise unreadable(file, str(error)) from None
+            yield from read_tensors(self.path / name)
 
 
 def _is_side_file(path: Path) -> bool:
@@ -107,36 +100,6 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise UserError(f"{path}: expected a JSON object, got {type(value).__name__}")
     return value
-
-
-def read_header(path: Path) -> dict[str, TensorSpec]:
-    """A safetensors file's tensor names and specs, without torch and without its data.
-
-    Raises:
-        UserError: The file is truncated or no safetensors file.
-    """
-    size = path.stat().st_size
-    try:
-        with path.open("rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            if length > size - 8:
-                raise unreadable(path, f"it is {size:,} bytes long, its header alone {length:,}")
-            header = json.loads(file.read(length))
-        header.pop("__metadata__", None)
-        end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
-        specs = {k: TensorSpec(tuple(v["shape"]), v["dtype"]) for k, v in header.items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise unreadable(path, str(error)) from None
-    if 8 + length + end != size:
-        raise unreadable(path, f"its header describes {8 + length + end:,} bytes, it has {size:,}")
-    return specs
-
-
-def unreadable(path: Path, why: str) -> UserError:
-    return UserError(
-        f"{path}: not a readable safetensors file: {why}",
-        "It may be truncated; fetch it again.",
-    )
 
 
 def claims_local(path: str) -> bool:

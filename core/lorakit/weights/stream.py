@@ -2,6 +2,7 @@
 
 Each tensor goes from the file's memory map to its parameter on its own, quantized on the way
 if its layer is; nothing holds the whole checkpoint.
+Resident memory peaks at the model as stored plus one tensor.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 
 from lorakit.errors import UserError
 from lorakit.protocols import BaseCheckpoint, Progress
+from lorakit.runtime import tensors_in_own_pages
 
 Quantize = Callable[[nn.Linear, Tensor], nn.Module]
 
@@ -71,34 +73,37 @@ def stream_weights(
     wanted = _parameters(model)
     total = sum(name in wanted for shard in checkpoint.shards().values() for name in shard)
     aliases = _aliases(model)
-    with progress.task("loading weights", total, unit="tensors") as task, torch.no_grad():
+    with (
+        progress.task("loading weights", total, unit="tensors") as task,
+        tensors_in_own_pages(),
+        torch.no_grad(),
+    ):
         for name, tensor in checkpoint.tensors():
             if name not in wanted:
                 continue
-            _place(
-                model,
-                name,
-                # Cast before quantizing: the scheme must not see a wider copy than is stored.
-                tensor.to(device=device, dtype=dtype),
-                quantize if name.rpartition(".")[0] not in kept_linears else None,
-                aliases.get(name, []),
-            )
+            owner, _, leaf = name.rpartition(".")
+            linear = model.get_submodule(owner)
+            if (
+                quantize is not None
+                and leaf == "weight"
+                and isinstance(linear, nn.Linear)
+                and owner not in kept_linears
+            ):
+                # Cast first: the scheme must not see a wider copy than would be stored.
+                _set(model, owner, quantize(linear, tensor.to(device=device, dtype=dtype)))
+            else:
+                # Copied even where it could stay in the file's map: a file that is written over
+                # while a model trains on it must not change the model.
+                value = tensor.to(device=device, dtype=dtype, copy=True).contiguous()
+                parameter = nn.Parameter(value, requires_grad=False)
+                for full in [name, *aliases.get(name, [])]:
+                    _set(model, full, parameter)
             task.advance()
 
 
-def _place(
-    model: nn.Module, name: str, value: Tensor, quantize: Quantize | None, aliases: list[str]
-) -> None:
-    owner_name, _, leaf = name.rpartition(".")
-    owner = model.get_submodule(owner_name)
-    if quantize is not None and leaf == "weight" and isinstance(owner, nn.Linear):
-        parent_name, _, child = owner_name.rpartition(".")
-        setattr(model.get_submodule(parent_name), child, quantize(owner, value))
-        return
-    parameter = nn.Parameter(value, requires_grad=False)
-    for full in [name, *aliases]:
-        place, _, attribute = full.rpartition(".")
-        setattr(model.get_submodule(place), attribute, parameter)
+def _set(model: nn.Module, name: str, value: nn.Module | nn.Parameter) -> None:
+    owner, _, attribute = name.rpartition(".")
+    setattr(model.get_submodule(owner), attribute, value)
 
 
 def _parameters(model: nn.Module) -> dict[str, nn.Parameter]:
