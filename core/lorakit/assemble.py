@@ -123,8 +123,7 @@ def run_recipe(recipe: Recipe, *, resume: bool = False, fixed_output: bool = Fal
         _restore(run, optimizer, state, store)
     write_file(recipe.output / RECIPE, recipe.text().encode())
 
-    sinks = {s.name: s.record.open(recipe.output, s.options) for s in recipe.loggers}
-    with LoggerGroup(sinks) as log:
+    with LoggerGroup.open(recipe.loggers, recipe.output) as log:
         _announce(run, log)
         if state.step:
             log.notice(f"resuming after step {state.step} of {run.total_steps}")

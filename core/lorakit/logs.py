@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
 from types import TracebackType
 
 from attrs import define, field
 
+from lorakit.errors import LorakitError
 from lorakit.plugins import explain
 from lorakit.protocols import Logger, RunInfo
+from lorakit.recipes import Section
 
 
 @define
@@ -20,8 +24,22 @@ class LoggerGroup:
         loggers: By the name the recipe gives them.
     """
 
-    loggers: dict[str, Logger]
-    _failed: set[str] = field(factory=set)
+    loggers: dict[str, Logger] = field(factory=dict)
+
+    @classmethod
+    def open(cls, sections: Iterable[Section], run_directory: Path) -> LoggerGroup:
+        """Opens a recipe's loggers; the same one may be there twice, with other options."""
+        group = cls()
+        for section in sections:
+            name, number = section.name, 1
+            while name in group.loggers:
+                number += 1
+                name = f"{section.name} ({number})"
+            try:
+                group.loggers[name] = section.record.open(run_directory, section.options)
+            except (Exception, SystemExit) as error:
+                _warn(name, error)
+        return group
 
     def start(self, run: RunInfo) -> None:
         self._each(lambda logger: logger.start(run))
@@ -47,12 +65,18 @@ class LoggerGroup:
         self.finish()
 
     def _each(self, call: Callable[[Logger], None]) -> None:
-        for name, logger in self.loggers.items():
-            if name in self._failed:
-                continue
+        for name, logger in list(self.loggers.items()):
             try:
                 call(logger)
-            except Exception as error:
-                self._failed.add(name)
-                warning = f"logger {name!r} failed and is left out from here: {explain(error)}"
-                print(f"warning: {warning}", file=sys.stderr, flush=True)
+            except (Exception, SystemExit) as error:
+                del self.loggers[name]
+                _warn(name, error)
+                # What it has open, it may still close.
+                with contextlib.suppress(Exception, SystemExit):
+                    logger.finish()
+
+
+def _warn(name: str, error: BaseException) -> None:
+    reason = " ".join(str(error).split()) if isinstance(error, LorakitError) else explain(error)
+    warning = f"logger {name!r} failed and is left out from here: {reason}"
+    print(f"warning: {warning}", file=sys.stderr, flush=True)
