@@ -114,6 +114,11 @@ def randomize(model: Any, seed: int) -> None:
 
 
 @pytest.fixture(scope="session")
+def randomize_weights() -> Callable[..., None]:
+    return randomize
+
+
+@pytest.fixture(scope="session")
 def make_checkpoint(
     tmp_path_factory: pytest.TempPathFactory, tokenizer_dir: Path
 ) -> Callable[..., Path]:

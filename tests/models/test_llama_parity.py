@@ -180,8 +180,8 @@ def test_generation_ends_before_a_stop_id(checkpoint):
     [
         ({"hidden_act": "gelu"}, ["hidden_act", "gelu", "silu"]),
         (
-            {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0}},
-            ["rope_parameters.rope_type", "yarn"],
+            {"rope_parameters": {"rope_type": "proportional", "rope_theta": 1e4}},
+            ["rope_parameters.rope_type", "proportional"],
         ),
         (
             {"rope_parameters": None, "rope_scaling": {"type": "dynamic", "factor": 2.0}},

@@ -10,11 +10,20 @@ class KeyValueCache:
     """One document's keys and values, by attention layer.
 
     Attributes:
-        length: Tokens cached before the current forward pass.
+        tokens: `[length]` the tokens cached before the current forward pass.
     """
 
     def __init__(self) -> None:
-        self.length = 0
+        self.clear()
+
+    @property
+    def length(self) -> int:
+        """Tokens cached before the current forward pass."""
+        return len(self.tokens)
+
+    def clear(self) -> None:
+        """Forgets everything."""
+        self.tokens = torch.empty(0, dtype=torch.long)
         self._keys: dict[int, Tensor] = {}
         self._values: dict[int, Tensor] = {}
 
@@ -26,6 +35,6 @@ class KeyValueCache:
         self._keys[layer], self._values[layer] = keys, values
         return keys, values
 
-    def advance(self, tokens: int) -> None:
-        """Counts `tokens` as cached, once every layer has extended."""
-        self.length += tokens
+    def advance(self, tokens: Tensor) -> None:
+        """Counts `tokens [T]` as cached, once every layer has extended."""
+        self.tokens = torch.cat([self.tokens.to(tokens.device), tokens])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
+import torch
 from torch import Tensor, nn
 
 from lorakit.modules.cache import KeyValueCache
@@ -28,31 +29,93 @@ class DecoderBlock(nn.Module):
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
-class Decoder(nn.Module):
-    """Embedding, blocks and final norm: what Hugging Face calls `model`."""
+class SandwichBlock(nn.Module):
+    """x + norm(attention(norm(x))), then x + norm(mlp(norm(x))), under Hugging Face's names."""
 
     def __init__(
-        self, *, vocabulary: int, dim: int, blocks: Iterable[nn.Module], norm: nn.Module
+        self,
+        *,
+        norm: nn.Module,
+        attention: nn.Module,
+        attention_out_norm: nn.Module,
+        mlp_norm: nn.Module,
+        mlp: nn.Module,
+        mlp_out_norm: nn.Module,
+    ) -> None:
+        super().__init__()
+        self.input_layernorm = norm
+        self.self_attn = attention
+        self.post_attention_layernorm = attention_out_norm
+        self.pre_feedforward_layernorm = mlp_norm
+        self.mlp = mlp
+        self.post_feedforward_layernorm = mlp_out_norm
+
+    def forward(self, x: Tensor, layout: Layout, cache: KeyValueCache | None = None) -> Tensor:
+        """x `[T, D]` -> `[T, D]`."""
+        attended = self.self_attn(self.input_layernorm(x), layout, cache)
+        x = x + self.post_attention_layernorm(attended)
+        return x + self.post_feedforward_layernorm(self.mlp(self.pre_feedforward_layernorm(x)))
+
+
+class Decoder(nn.Module):
+    """Embedding, blocks and final norm: what Hugging Face calls `model`.
+
+    Args:
+        vocabulary: V.
+        dim: D.
+        blocks: The repeated layers.
+        norm: Of what the last of them gives.
+        embedding_scale: Multiplies embeddings, rounded to their dtype first.
+        switches_at: Tokens after which positions are encoded differently, from a document's start
+            on: see `Rotary.switches_at`.
+    """
+
+    def __init__(
+        self,
+        *,
+        vocabulary: int,
+        dim: int,
+        blocks: Iterable[nn.Module],
+        norm: nn.Module,
+        embedding_scale: float | None = None,
+        switches_at: int | None = None,
     ) -> None:
         super().__init__()
         self.embed_tokens = nn.Embedding(vocabulary, dim)
         self.layers = nn.ModuleList(blocks)
         self.norm = norm
+        self.embedding_scale = embedding_scale
+        self.switches_at = switches_at
 
     def embed(self, tokens: Tensor) -> Tensor:
-        """tokens `[T]` -> `[T, D]`; families that scale embeddings override it."""
+        """tokens `[T]` -> `[T, D]`."""
         x: Tensor = self.embed_tokens(tokens)
+        if self.embedding_scale is not None:
+            x = x * torch.tensor(self.embedding_scale, dtype=x.dtype, device=x.device)
         return x
 
     def forward(self, tokens: Tensor, layout: Layout, cache: KeyValueCache | None = None) -> Tensor:
-        """tokens `[T]` -> normalized hidden states `[T, D]`."""
+        """tokens `[T]` -> normalized hidden states `[T, D]`.
+
+        The pass that takes a cached document over `switches_at` computes all of it anew: what is
+        cached was encoded as in a short document.
+        """
+        fresh = len(tokens)
+        if cache is not None and self._switches(cache.length, fresh):
+            tokens = torch.cat([cache.tokens.to(tokens.device), tokens])
+            layout = Layout.continued(0, len(tokens), tokens.device)
+            cache.clear()
         x = self.embed(tokens)
         for layer in self.layers:
             x = layer(x, layout, cache)
         if cache is not None:
-            cache.advance(len(tokens))
-        hidden: Tensor = self.norm(x)
+            cache.advance(tokens)
+        hidden: Tensor = self.norm(x[-fresh:])
         return hidden
+
+    def _switches(self, cached: int, fresh: int) -> bool:
+        limit = self.switches_at
+        return limit is not None and 0 < cached <= limit < cached + fresh
 
 
 class CausalDecoder(nn.Module):
@@ -64,6 +127,7 @@ class CausalDecoder(nn.Module):
         dim: D.
         tied: The head shares the embedding's parameter.
         head_bias: The head has a bias.
+        logit_softcap: Logits z become logit_softcap * tanh(z / logit_softcap).
     """
 
     def __init__(
@@ -74,9 +138,11 @@ class CausalDecoder(nn.Module):
         dim: int,
         tied: bool,
         head_bias: bool = False,
+        logit_softcap: float | None = None,
     ) -> None:
         super().__init__()
         self.model = decoder
+        self.logit_softcap = logit_softcap
         self.lm_head = nn.Linear(dim, vocabulary, bias=head_bias)
         if tied:
             self.lm_head.weight = decoder.embed_tokens.weight
@@ -93,4 +159,6 @@ class CausalDecoder(nn.Module):
     def logits(self, hidden: Tensor) -> Tensor:
         """`[N, D]` -> `[N, V]`."""
         scores: Tensor = self.lm_head(hidden)
-        return scores
+        if self.logit_softcap is None:
+            return scores
+        return (scores / self.logit_softcap).tanh() * self.logit_softcap

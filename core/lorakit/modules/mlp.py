@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 
@@ -30,3 +31,23 @@ class GatedMLP(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x `[T, D]` -> `[T, D]`."""
         return self.down_proj(self.activation(self.gate_proj(x)) * self.up_proj(x))
+
+
+class FusedGatedMLP(nn.Module):
+    """A `GatedMLP` whose gate and up projections are one matrix, gate's rows first."""
+
+    def __init__(self, dim: int, hidden: int, activation: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.gate_up_proj = nn.Linear(dim, 2 * hidden, bias=False)
+        self.down_proj = nn.Linear(hidden, dim, bias=False)
+        self.activation = activation
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x `[T, D]` -> `[T, D]`."""
+        gate, up = self.gate_up_proj(x).chunk(2, dim=-1)
+        return self.down_proj(self.activation(gate) * up)
+
+
+def gelu_tanh(x: Tensor) -> Tensor:
+    """GELU by its tanh approximation.  Reference: Hendrycks and Gimpel 2016, arXiv 1606.08415."""
+    return F.gelu(x, approximate="tanh")

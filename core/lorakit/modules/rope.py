@@ -1,7 +1,7 @@
 """Rotary position embedding, in Hugging Face's rotate-half layout.
 
-Head dimension i is paired with i + Dh/2, so checkpoints in Hugging Face layout need no
-permutation of their rows.
+Head dimension i is paired with i + R/2, so checkpoints in Hugging Face layout need no
+permutation of their rows.  R is the head's width Dh, or less where only a head's first part turns.
 """
 
 from __future__ import annotations
@@ -15,14 +15,17 @@ from lorakit.modules.layout import Layout
 
 
 class Rotary:
-    """Rotates the pairs (x_i, x_{i+Dh/2}) of a head by position * frequency_i.
+    """Rotates the pairs (x_i, x_{i+R/2}) of a head by position * frequency_i.
 
     Args:
-        frequencies: `[Dh/2]` radians a position, on the CPU.
+        frequencies: `[R/2]` radians a position, on the CPU.
         scale: Multiplies cos and sin (YaRN and LongRoPE scale attention this way).
 
     Reference: Su et al. 2021, arXiv 2104.09864.
     """
+
+    switches_at: int | None = None
+    """Tokens after which the whole document is rotated differently, if it ever is."""
 
     def __init__(self, frequencies: Tensor, scale: float = 1.0) -> None:
         self.frequencies = frequencies
@@ -34,21 +37,66 @@ class Rotary:
         return cls(base_frequencies(head_dim, base))
 
     def tables(self, layout: Layout, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """cos and sin `[T, 1, Dh]` at the layout's positions, computed once a micro-batch."""
-        return layout.derived((id(self), dtype), lambda: self._compute(layout.positions, dtype))
+        """cos and sin `[T, 1, R]` at the layout's positions, computed once a micro-batch."""
+        return layout.derived((id(self), dtype), lambda: self._compute(layout, dtype))
 
-    def _compute(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        angles = torch.outer(positions.float(), self.frequencies.to(positions.device))
+    def _compute(self, layout: Layout, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        angles = self.angles(layout)
         angles = torch.cat([angles, angles], dim=-1).unsqueeze(1)
         cos, sin = angles.cos() * self.scale, angles.sin() * self.scale
         return cos.to(dtype), sin.to(dtype)
 
+    def angles(self, layout: Layout) -> Tensor:
+        """`[T, R/2]`, fp32."""
+        positions = layout.positions
+        return torch.outer(positions.float(), self.frequencies.to(positions.device))
+
     def rotate(self, x: Tensor, layout: Layout) -> Tensor:
-        """x `[T, H, Dh]` -> the same, rotated."""
+        """x `[T, H, Dh]` -> the same, its first R dimensions rotated."""
         cos, sin = self.tables(layout, x.dtype)
-        half = x.shape[-1] // 2
-        turned = torch.cat([-x[..., half:], x[..., :half]], dim=-1)
-        return x * cos + turned * sin
+        turning = x[..., : cos.shape[-1]]
+        half = turning.shape[-1] // 2
+        turned = torch.cat([-turning[..., half:], turning[..., :half]], dim=-1)
+        rotated = turning * cos + turned * sin
+        if rotated.shape[-1] == x.shape[-1]:
+            return rotated
+        return torch.cat([rotated, x[..., rotated.shape[-1] :]], dim=-1)
+
+
+class LongRotary(Rotary):
+    """LongRoPE: one set of frequencies for documents of up to `switches_at` tokens, another for
+    all tokens of longer ones.
+
+    The reference implementation chooses once for a whole batch, by its longest row; here each
+    document goes by its own length, as it would alone.
+
+    Args:
+        short: `[R/2]` radians a position.
+        long: Likewise, for longer documents.
+        switches_at: The longest document that `short` is for.
+        scale: Multiplies cos and sin, in both cases.
+
+    Reference: Ding et al. 2024, arXiv 2402.13753; `rope_type: longrope` of Hugging Face configs.
+    """
+
+    switches_at: int
+
+    def __init__(self, short: Tensor, long: Tensor, *, switches_at: int, scale: float) -> None:
+        super().__init__(short, scale)
+        self.long = long
+        self.switches_at = switches_at
+
+    def angles(self, layout: Layout) -> Tensor:
+        """`[T, R/2]`, fp32."""
+        positions = layout.positions
+        lengths = torch.tensor(layout.lengths, device=positions.device)
+        # A document that a cache holds the start of does not begin at position 0.
+        totals = positions[lengths.cumsum(0) - 1] + 1
+        totals = totals.repeat_interleave(lengths, output_size=len(positions))
+        short = self.frequencies.to(positions.device)
+        long = self.long.to(positions.device)
+        chosen = torch.where((totals > self.switches_at).unsqueeze(1), long, short)
+        return positions.float().unsqueeze(1) * chosen
 
 
 def base_frequencies(head_dim: int, base: float) -> Tensor:
@@ -83,3 +131,58 @@ def llama3_frequencies(
     )
     smooth = smooth.clamp(0.0, 1.0)
     return (1 - smooth) * frequencies / factor + smooth * frequencies
+
+
+def yarn_frequencies(
+    frequencies: Tensor,
+    *,
+    base: float,
+    factor: float,
+    original_context: int,
+    beta_fast: float = 32.0,
+    beta_slow: float = 1.0,
+    truncate: bool = True,
+) -> Tensor:
+    """YaRN: dimensions that turn fewer than `beta_slow` times over the original context are
+    stretched by `factor`, those that turn more than `beta_fast` times kept, and those between
+    go over linearly.
+
+    Args:
+        frequencies: `[Dh/2]` unscaled, of `base`.
+        base: Theirs.
+        factor: How much longer the context has become.
+        original_context: Tokens of the context before.
+        beta_fast: Turns.
+        beta_slow: Turns.
+        truncate: Widen the transition to whole dimensions.
+
+    Reference: Peng et al. 2023, arXiv 2309.00071; `rope_type: yarn` of Hugging Face configs.
+    """
+    dim = 2 * len(frequencies)
+
+    def dimension(turns: float) -> float:
+        """Of the pair that turns so many times over the original context."""
+        return dim * math.log(original_context / (turns * 2 * math.pi)) / (2 * math.log(base))
+
+    low, high = dimension(beta_fast), dimension(beta_slow)
+    if truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, dim - 1)
+    if low == high:
+        high += 0.001
+    ramp = (torch.arange(dim // 2, dtype=torch.float32, device="cpu") - low) / (high - low)
+    stretched = ramp.clamp(0.0, 1.0)
+    return frequencies / factor * stretched + frequencies * (1 - stretched)
+
+
+def yarn_scale(factor: float) -> float:
+    """What YaRN multiplies cos and sin by, so that attention stays as sharp over a context
+    `factor` times as long: 0.1 ln(factor) + 1."""
+    return 0.1 * math.log(factor) + 1.0 if factor > 1 else 1.0
+
+
+def longrope_scale(factor: float, original_context: int) -> float:
+    """What LongRoPE multiplies cos and sin by: sqrt(1 + ln(factor) / ln(original context))."""
+    if factor <= 1:
+        return 1.0
+    return math.sqrt(1 + math.log(factor) / math.log(original_context))

@@ -18,10 +18,8 @@ from lorakit.modules import (
     DecoderBlock,
     GatedMLP,
     RMSNorm,
-    Rotary,
-    llama3_frequencies,
+    read_rotary,
 )
-from lorakit.modules.rope import base_frequencies
 
 
 def build(config: Mapping[str, Any]) -> CausalDecoder:
@@ -35,62 +33,42 @@ def build(config: Mapping[str, Any]) -> CausalDecoder:
             do not do.
     """
     c = ModelConfig(config, "llama")
+    c.require_architecture("LlamaForCausalLM")
     dim, vocabulary = c.integer("hidden_size"), c.integer("vocab_size")
-    heads = c.integer("num_attention_heads")
-    head_dim = c.integer("head_dim", default=dim // heads)
+    shape = c.attention_shape()
+    hidden, layers = c.integer("intermediate_size"), c.integer("num_hidden_layers")
     eps = c.number("rms_norm_eps", default=1e-6)
-    attention_bias = c.flag("attention_bias")
-    mlp_bias = c.flag("mlp_bias")
+    attention_bias, mlp_bias = c.flag("attention_bias"), c.flag("mlp_bias")
+    tied = c.flag("tie_word_embeddings")
     c.require("hidden_act", "silu", default="silu")
-    # Changes the result on more than one device only; the weights are whole.
-    c.ignore("pretraining_tp")
-    rotary = read_rotary(c, head_dim)
+    rotary = read_rotary(c, shape.head_dim)
+    # The first changes only how products are cut up; the second says what the model is.
+    c.ignore("pretraining_tp", "is_llama_config")
+    c.refuse_unread()
 
     blocks = [
         DecoderBlock(
             norm=RMSNorm(dim, eps),
             attention=Attention(
                 dim,
-                heads=heads,
-                kv_heads=c.integer("num_key_value_heads", default=heads),
-                head_dim=head_dim,
+                heads=shape.heads,
+                kv_heads=shape.kv_heads,
+                head_dim=shape.head_dim,
                 rotary=rotary,
                 layer=layer,
                 qkv_bias=attention_bias,
                 out_bias=attention_bias,
             ),
             mlp_norm=RMSNorm(dim, eps),
-            mlp=GatedMLP(dim, c.integer("intermediate_size"), F.silu, bias=mlp_bias),
+            mlp=GatedMLP(dim, hidden, F.silu, bias=mlp_bias),
         )
-        for layer in range(c.integer("num_hidden_layers"))
+        for layer in range(layers)
     ]
-    decoder = Decoder(vocabulary=vocabulary, dim=dim, blocks=blocks, norm=RMSNorm(dim, eps))
-    return CausalDecoder(
-        decoder, vocabulary=vocabulary, dim=dim, tied=c.flag("tie_word_embeddings")
+    decoder = Decoder(
+        vocabulary=vocabulary,
+        dim=dim,
+        blocks=blocks,
+        norm=RMSNorm(dim, eps),
+        switches_at=rotary.switches_at,
     )
-
-
-def read_rotary(c: ModelConfig, head_dim: int) -> Rotary:
-    """RoPE with its base and scaling: none, `linear` or `llama3`.
-
-    transformers 5 writes `rope_parameters`, older ones `rope_theta` and `rope_scaling`.
-    """
-    scaling = c.table("rope_parameters") or c.table("rope_scaling")
-    base = scaling.number("rope_theta", default=c.number("rope_theta", default=10_000.0))
-    frequencies = base_frequencies(head_dim, base)
-    kind = scaling.text("rope_type", default=scaling.text("type", default="default"))
-    if kind == "default":
-        return Rotary(frequencies)
-    if kind == "linear":
-        return Rotary(frequencies / scaling.number("factor"))
-    if kind == "llama3":
-        return Rotary(
-            llama3_frequencies(
-                frequencies,
-                factor=scaling.number("factor"),
-                low_freq_factor=scaling.number("low_freq_factor"),
-                high_freq_factor=scaling.number("high_freq_factor"),
-                original_context=scaling.integer("original_max_position_embeddings"),
-            )
-        )
-    raise scaling.refuse("rope_type", kind, "default, linear and llama3")
+    return CausalDecoder(decoder, vocabulary=vocabulary, dim=dim, tied=tied)
