@@ -154,14 +154,19 @@ def load_adapter_tensors(
 
 
 def adapter_config(
-    method: AdapterMethod, options: Any, names: Sequence[str], base: str
+    method: AdapterMethod,
+    options: Any,
+    names: Sequence[str],
+    base: str,
+    *,
+    revision: str | None = None,
 ) -> dict[str, Any]:
-    """The contents of adapter_config.json."""
+    """The contents of adapter_config.json; `base` and its `revision` as `base_name` gives them."""
     return {
         "peft_type": method.peft_type,
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": base,
-        "revision": None,
+        "revision": revision,
         "inference_mode": True,
         "peft_version": PEFT_VERSION,
         **method.to_config(options, names),

@@ -50,6 +50,7 @@ from lorakit.state import (
     restore_generators,
     unflatten_optimizer,
 )
+from lorakit.weights.base import base_name
 
 
 @frozen
@@ -89,8 +90,11 @@ class Run:
 
     def snapshot_config(self) -> dict[str, Any]:
         """adapter_config.json."""
-        adapter = self.recipe.adapter
-        return adapter_config(adapter.record, adapter.options, self.adapted, str(self.base.path))
+        adapter, path = self.recipe.adapter, self.recipe.model.options.path
+        name, revision = base_name(path, self.base.path, self.recipe.catalog)
+        return adapter_config(
+            adapter.record, adapter.options, self.adapted, name, revision=revision
+        )
 
 
 def run_recipe(recipe: Recipe, *, resume: bool = False, fixed_output: bool = False) -> Result:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
+from pathlib import Path
 
 
 class LorakitError(Exception):
@@ -60,6 +61,21 @@ def did_you_mean(word: str, choices: Iterable[str], cutoff: float = 0.6) -> str:
     """` (did you mean 'rank'?)` if one of `choices` is near to `word`, else an empty string."""
     near = get_close_matches(word, list(choices), n=1, cutoff=cutoff)
     return f" (did you mean {near[0]!r}?)" if near else ""
+
+
+def near_path(path: Path) -> str:
+    """` (did you mean 'one.toml'?)` if the first part of `path` that does not exist is like
+    something that lies there, else an empty string."""
+    try:
+        missing, parent = path, path.parent
+        while not parent.is_dir():
+            missing, parent = parent, parent.parent
+        near = get_close_matches(missing.name, [p.name for p in parent.iterdir()], n=1)
+    except OSError:
+        return ""
+    if not near:
+        return ""
+    return f" (did you mean {near[0] if missing is path else str(parent / near[0])!r}?)"
 
 
 def listing(names: Iterable[str], none: str = "none") -> str:

@@ -60,7 +60,11 @@ class DataOptions:
     """`[data]`: the keys every data set format has.
 
     Attributes:
-        path: A JSON or JSONL file, or `lorakit:NAME` for a file that ships with lorakit.
+        path: A JSON, JSONL, CSV or Parquet file, a directory or glob of them, a data set on the
+            hub (`owner/name`), or `lorakit:NAME` for a file that ships with lorakit.
+        split: Which part of a data set on the hub.
+        files: A glob that picks files of a directory or of a data set on the hub, by their paths
+            in it; in the place of `split`.
         max_seq_len: Longest row in tokens; what happens to a longer one is `too_long`.
         too_long: `truncate` cuts the row's end, `drop` leaves the row out, `error` stops.
             Whatever is cut or left out is counted and reported before training.
@@ -71,6 +75,8 @@ class DataOptions:
     """
 
     path: str = field(validator=min_len(1))
+    split: str = field(default="train", validator=min_len(1))
+    files: str = ""
     max_seq_len: int = field(default=2048, validator=ge(2))
     too_long: str = field(default="truncate", validator=in_(("truncate", "drop", "error")))
     packed: bool = False

@@ -276,7 +276,7 @@ class _Resolver:
     def _check_paths(self, table: Mapping[str, Any]) -> None:
         """What can be known about paths without opening anything, whatever else is wrong with
         their sections."""
-        model, data = _path_of(table.get("model")), _path_of(table.get("data"))
+        model, data = _string_of(table.get("model")), _string_of(table.get("data"))
         if model:
             sources = self.catalog.all("model source")
             if not any(source.claims(model) for source in sources):
@@ -286,21 +286,22 @@ class _Resolver:
                     f"here, and of no other model source (such paths look like: {examples})"
                 )
         if data:
-            self.problems += data_path_problems(data)
+            self.problems += data_path_problems(data, _string_of(table["data"], "files"))
 
 
-def _path_of(section: Any) -> str:
-    """The section's path; empty if it has none that is a string, which structuring reports."""
-    path = section.get("path") if isinstance(section, Mapping) else None
-    return path if isinstance(path, str) else ""
+def _string_of(section: Any, key: str = "path") -> str:
+    """A section's string; empty if it has none there, which structuring reports."""
+    value = section.get(key) if isinstance(section, Mapping) else None
+    return value if isinstance(value, str) else ""
 
 
-def data_path_problems(path: str) -> list[str]:
+def data_path_problems(path: str, pattern: str = "") -> list[str]:
     """What is wrong with a `data.path`, judged by names alone."""
-    from lorakit.data.files import find_data_file
+    from lorakit.data.files import check_data_path
 
     try:
-        find_data_file(path)
+        check_data_path(path, pattern)
     except UserError as error:
-        return [f"data.path: {error.message}" + (f". {error.fix}" if error.fix else "")]
+        key = "" if error.message.startswith("data.") else "data.path: "
+        return [key + error.message + (f". {error.fix}" if error.fix else "")]
     return []

@@ -115,8 +115,10 @@ def _open_base_of(adapter: SavedAdapter, catalog: Catalog, progress: Progress) -
     """The adapter's base: where adapter_config.json says, else where the recipe had it from."""
     named = str(adapter.config.get("base_model_name_or_path") or "")
     origin = str(adapter.origin.get("model", {}).get("path", ""))
+    revision = adapter.config.get("revision")
+    pinned = f"{named}@{revision}" if named and revision else ""
     sources = catalog.all("model source")
-    for path in (named, origin):
+    for path in (pinned, named, origin):
         if path and any(source.claims(path) for source in sources):
             return open_base_model(path, catalog, progress)
     raise UserError(

@@ -275,3 +275,19 @@ def test_target_that_matches_nothing(
 ) -> None:
     message = refused(make_recipe(adapter={"targets": targets}))
     assert "adapter.targets: no linear layer matches 'v_prj' (did you mean 'v_proj'?)" in message
+
+
+def test_wrong_rows_are_told_together(refused: Any, make_recipe: MakeRecipe) -> None:
+    reference = make_recipe()
+    file = folder_of(reference) / "data.jsonl"
+    bad = ["no json", '{"messages": []}', "[1]", "{}"]
+    file.write_text("\n".join([good_line(), *bad, good_line()]), encoding="utf-8")
+    lines = refused(reference).splitlines()
+    assert lines[0] == "error: data: 4 problems:"
+    assert [line.split(": ")[0].strip() for line in lines[1:]] == [
+        f"{file}, line {n}" for n in (2, 3, 4, 5)
+    ]
+    file.write_text("\n".join([good_line(), *bad * 5]), encoding="utf-8")
+    lines = refused(reference).splitlines()
+    assert lines[0] == "error: data: the first 10 problems:"
+    assert len(lines) == 11

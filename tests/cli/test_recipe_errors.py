@@ -13,6 +13,7 @@ from lorakit.recipe_files import parse_recipes
 from lorakit.recipes import parse_override, resolve_recipe
 
 MakeRecipe = Callable[..., str]
+NO_DATA = Path(__file__).parent
 SHIPPED = "lorakit:about_lorakit.jsonl"
 
 
@@ -149,21 +150,21 @@ def test_missing_sections(write: Any) -> None:
 def test_paths_are_reported_beside_other_problems(problems_of: Any, tmp_path: Path) -> None:
     (tmp_path / "rows.jsonl").touch()
     found = problems_of(
-        model="nowhere/model",
+        model="./nowhere/model",
         data={"path": str(tmp_path / "row.jsonl"), "max_seq_len": "long"},
     )
     assert len(found) == 3
     assert f"data.path: no file {tmp_path / 'row.jsonl'} (did you mean 'rows.jsonl'?)" in found
     (unclaimed,) = [p for p in found if p.startswith("model.path: ")]
-    assert '"nowhere/model" is no directory or file here' in unclaimed
+    assert '"./nowhere/model" is no directory or file here' in unclaimed
 
 
 @pytest.mark.parametrize(
     ("path", "expected"),
     [
         ("lorakit:about.jsonl", "data.path: lorakit ships no data file 'about.jsonl'"),
-        (".", "data.path: . is a directory"),
-        (__file__, f"data.path: {__file__}: expected a file ending in .json or .jsonl"),
+        (str(NO_DATA), f"data.path: directory {NO_DATA} holds no file ending in .jsonl, .json, "),
+        (__file__, f"data.path: {__file__}: expected a file ending in .jsonl, .json, .csv or "),
     ],
 )
 def test_wrong_data_path(path: str, expected: str, problems_of: Any) -> None:

@@ -2,7 +2,16 @@
 
 from __future__ import annotations
 
-from lorakit.builtin import datasets, hf_directory, loggers, lora, optimizers, precisions, snapshots
+from lorakit.builtin import (
+    datasets,
+    hf_directory,
+    hub,
+    loggers,
+    lora,
+    optimizers,
+    precisions,
+    snapshots,
+)
 from lorakit.hookspecs import hookimpl
 from lorakit.options import CheckpointerOptions
 from lorakit.records import (
@@ -151,5 +160,13 @@ def lorakit_model_sources() -> list[ModelSource]:
             claims=hf_directory.claims_local,
             fetch=hf_directory.fetch_local,
             examples=("models/my-model",),
-        )
+        ),
+        ModelSource(
+            name="hub",
+            summary="a repository of the Hugging Face hub",
+            claims=hub.claims,
+            fetch=hub.fetch,
+            hub_name=hub.hub_name,
+            examples=("owner/name", "owner/name@revision"),
+        ),
     ]

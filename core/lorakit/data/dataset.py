@@ -1,25 +1,29 @@
-"""A data file as tokenized examples, with a report of what was cut or left out."""
+"""Data files as tokenized examples, with a report of what was cut or left out."""
 
 from __future__ import annotations
 
 from attrs import define, field, frozen
 
 from lorakit.data.encode import Encoded, encode_example
-from lorakit.data.files import read_rows
+from lorakit.data.files import find_data_files
+from lorakit.data.rows import Problem, Row, read_rows
 from lorakit.data.tokenizer import Tokenizer
 from lorakit.errors import UserError
 from lorakit.options import DataOptions
 from lorakit.protocols import Progress
 from lorakit.records import DatasetFormat
 
+SHOWN_PROBLEMS = 10
+"""Reading stops once so many rows are wrong: who has fixed those sees the next."""
+
 
 @frozen
 class Dataset:
-    """Tokenized examples in the order of the file.
+    """Tokenized examples in the order of the files.
 
     Attributes:
         examples: Those to train on.
-        where: For each, the place in the file it came from.
+        where: For each, the file and the place in it that it came from.
         report: What was cut or left out.
     """
 
@@ -30,16 +34,18 @@ class Dataset:
 
 @define
 class Report:
-    """Counts over a data file.
+    """Counts over the data files.
 
     Attributes:
-        rows: Rows in the file.
+        files: How many there are.
+        rows: Rows in them.
         tokens: Tokens that remain.
         trained_tokens: Those of them with a label.
         truncated: Rows whose end was cut off.
         dropped: Rows left out because they were too long.
     """
 
+    files: int = 1
     rows: int = 0
     tokens: int = 0
     trained_tokens: int = 0
@@ -50,8 +56,9 @@ class Report:
     def sentence(self, max_seq_len: int) -> str:
         """For the log: what the run trains on."""
         share = self.trained_tokens / self.tokens if self.tokens else 0.0
+        files = f" of {self.files:,} files" if self.files > 1 else ""
         text = (
-            f"data: {self.rows:,} rows, {self.tokens:,} tokens, of which "
+            f"data: {self.rows:,} rows{files}, {self.tokens:,} tokens, of which "
             f"{self.trained_tokens:,} ({share:.0%}) are trained; longest row {max(self.lengths):,}"
         )
         if self.truncated:
@@ -64,29 +71,34 @@ class Report:
 def load_dataset(
     form: DatasetFormat, options: DataOptions, tokenizer: Tokenizer, progress: Progress
 ) -> Dataset:
-    """Reads and tokenizes the data file of a recipe.
+    """Reads and tokenizes the data files of a recipe.
 
     Raises:
-        UserError: A row is malformed, or has no trained token; the message names the row.
+        UserError: Rows are malformed, or have no trained token; one message names the first
+            ten of them.
     """
+    files = find_data_files(options.path, progress, split=options.split, pattern=options.files)
     examples: list[Encoded] = []
     places: list[str] = []
-    report = Report()
+    problems: list[Problem] = []
+    report = Report(files=len(files))
     with progress.task("tokenizing", unit="rows") as task:
-        for row in read_rows(options.path):
+        for row in read_rows(files):
             report.rows += 1
             task.advance()
-            try:
-                example = form.example(row.values, options)
-                encoded = encode_example(
-                    example, tokenizer, train_on_prompt=options.train_on_prompt
-                )
-            except ValueError as error:
-                raise UserError(f"{row.where}: {error}") from None
-            kept = _fit(encoded, options, row.where, report)
-            if kept is not None:
-                examples.append(kept)
-                places.append(row.where)
+            if isinstance(row, Row):
+                example = _example(row, form, options, tokenizer, report)
+                if isinstance(example, Encoded):
+                    examples.append(example)
+                    places.append(row.where)
+            else:
+                example = row
+            if isinstance(example, Problem):
+                problems.append(example)
+                if len(problems) == SHOWN_PROBLEMS:
+                    break
+    if problems:
+        raise _together(problems)
     if not examples:
         raise UserError(
             f"{options.path}: no row is left: all {report.rows} are over "
@@ -94,6 +106,34 @@ def load_dataset(
             "Raise data.max_seq_len, or set data.too_long to 'truncate'.",
         )
     return Dataset(tuple(examples), tuple(places), report)
+
+
+def _example(
+    row: Row,
+    form: DatasetFormat,
+    options: DataOptions,
+    tokenizer: Tokenizer,
+    report: Report,
+) -> Encoded | Problem | None:
+    """The row tokenized; None if it is left out."""
+    try:
+        example = form.example(row.values, options)
+        encoded = encode_example(example, tokenizer, train_on_prompt=options.train_on_prompt)
+    except ValueError as error:
+        return Problem(f"{row.where}: {error}")
+    try:
+        return _fit(encoded, options, row.where, report)
+    except UserError as error:
+        return Problem(error.message, error.fix)
+
+
+def _together(problems: list[Problem]) -> UserError:
+    if len(problems) == 1:
+        return UserError(problems[0].message, problems[0].fix)
+    count = f"the first {len(problems)}" if len(problems) == SHOWN_PROBLEMS else str(len(problems))
+    lines = "\n".join(f"  {problem.message}" for problem in problems)
+    fixes = dict.fromkeys(problem.fix for problem in problems if problem.fix)
+    return UserError(f"data: {count} problems:\n{lines}", "\n  ".join(fixes))
 
 
 def _fit(encoded: Encoded, options: DataOptions, where: str, report: Report) -> Encoded | None:

@@ -29,6 +29,16 @@ def fetch_base(path: str, catalog: Catalog, progress: Progress) -> Path:
     return claiming[0].fetch(path, progress)
 
 
+def base_name(path: str, local: Path, catalog: Catalog) -> tuple[str, str | None]:
+    """What an adapter calls its base model, and the base's revision: the hub's name for it if
+    it came from there, so that it is found on another machine too; else the local path."""
+    for source in catalog.all("model source"):
+        if source.hub_name is not None and source.claims(path):
+            name, revision = source.hub_name(path)
+            return name, revision
+    return str(local), None
+
+
 def open_base(path: Path, catalog: Catalog) -> BaseCheckpoint:
     """Opens a local base checkpoint in whichever format it has.
 
