@@ -65,7 +65,8 @@ def _expression(pattern: str) -> re.Pattern[str]:
     text = ""
     for piece in pieces:
         if piece.startswith("[") and len(piece) > 2:
-            text += "[^" + piece[2:] if piece.startswith("[!") else piece
+            inner = re.sub(r"([\\\[&|~^])", r"\\\1", piece[1:-1])
+            text += f"[^{inner[1:]}]" if inner.startswith("!") else f"[{inner}]"
         else:
             text += known.get(piece, re.escape(piece))
     try:
