@@ -30,6 +30,8 @@ from lorakit.interrupts import stop_on_signals
 from lorakit.logs import LoggerGroup
 from lorakit.loop import Limits, Result, train, trainable_parameters
 from lorakit.merging import merge_adapter
+from lorakit.offloading import offload_to_host
+from lorakit.optimizer import build_optimizer
 from lorakit.progress import TerminalProgress
 from lorakit.protocols import Precision, Progress, RunInfo, Snapshot, SnapshotStore
 from lorakit.recipes import Recipe
@@ -120,8 +122,10 @@ def run_recipe(recipe: Recipe, *, resume: bool = False, fixed_output: bool = Fal
     progress = TerminalProgress()
     run = assemble(recipe, progress)
     state = TrainState()
-    optimizer = recipe.optimizer.record.build(
-        trainable_parameters(run.base.model), recipe.optimizer.options
+    optimizer = build_optimizer(
+        recipe.optimizer.record,
+        recipe.optimizer.options,
+        trainable_parameters(run.base.model),
     )
     if resume and store.steps():
         _restore(run, optimizer, state, store)
@@ -176,8 +180,9 @@ def assemble(recipe: Recipe, progress: Progress, *, weights: bool = True) -> Run
     adapted = apply_adapter(base.model, adapter.record, adapter.options, precision.adapter)
     base.model.train()
     training = recipe.training
+    offload = offload_to_host(device) if training.activation_offloading else None
     if training.activation_checkpointing:
-        checkpoint_blocks(base.causal_lm)
+        checkpoint_blocks(base.causal_lm, offload)
     if training.compile:
         compile_blocks(base.causal_lm)
     plan = BatchPlan(
@@ -191,6 +196,11 @@ def assemble(recipe: Recipe, progress: Progress, *, weights: bool = True) -> Run
     total = sum(plan.steps(epoch) for epoch in range(training.epochs))
     total = min(total, training.max_steps) if training.max_steps else total
     notices = [n for n in (tuned, precision.notice, _optimizer_notice(recipe, device)) if n]
+    if training.activation_offloading and offload is None:
+        notices.append(
+            f"training.activation_offloading: changes nothing, for on {device.type} activations "
+            "are in host memory already"
+        )
     if recipe.schedule.warmup_steps >= total:
         notices.append(
             f"schedule.warmup_steps: {recipe.schedule.warmup_steps} is not less than the run's "

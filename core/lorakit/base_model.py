@@ -11,6 +11,7 @@ from torch import nn
 
 from lorakit.catalog import Catalog
 from lorakit.data.tokenizer import Tokenizer, load_tokenizer
+from lorakit.modules.narrow import compute_in
 from lorakit.protocols import BaseCheckpoint, CausalLM, Precision, Progress
 from lorakit.recipes import Section
 from lorakit.records import ModelFamily
@@ -88,7 +89,8 @@ def load_weights(
     progress: Progress,
     quantization: Section | None = None,
 ) -> None:
-    """Streams the weights into the model, frozen, quantized as they arrive."""
+    """Streams the weights into the model, frozen, quantized as they arrive.  Those that are
+    stored in another dtype than they are computed with are widened where they are used."""
     quantize = None
     if quantization is not None:
         record, options = quantization.record, quantization.options
@@ -106,6 +108,7 @@ def load_weights(
         quantize=quantize,
         kept_linears=frozenset({"lm_head"}),
     )
+    compute_in(base.model, precision.compute)
 
 
 def resolve_device(name: str) -> torch.device:

@@ -102,7 +102,10 @@ def train(
                 loss += part.item()
             _check_finite("loss", loss, window, state, plan)
             grad_norm = precision.step(optimizer, max_grad_norm)
-            _check_finite("gradient norm", grad_norm, window, state, plan)
+            if grad_norm is None:
+                log.notice(f"step {state.step + 1} is skipped. {precision.notice}")
+            else:
+                _check_finite("gradient norm", grad_norm, window, state, plan)
             optimizer.zero_grad()
 
             tokens = sum(len(batch.tokens) for batch in window)
@@ -114,7 +117,7 @@ def train(
                     "epoch": state.epoch + 1,
                     "loss": loss,
                     "lr": lr,
-                    "grad_norm": grad_norm,
+                    **({} if grad_norm is None else {"grad_norm": grad_norm}),
                     "tokens": tokens,
                     "trained_tokens": trained,
                     "tokens_per_second": tokens / step_seconds,

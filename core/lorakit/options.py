@@ -6,6 +6,7 @@ only the keys that core reads itself.
 
 from __future__ import annotations
 
+import attrs
 from attrs import field, frozen
 from attrs.validators import ge, gt, in_, le, min_len
 
@@ -110,6 +111,8 @@ class TrainingOptions:
         max_grad_norm: Clip the gradients' global 2-norm to this; 0 means never.
         activation_checkpointing: Keep only each block's input, and compute the block again in
             the backward pass: less memory, about a third more time.
+        activation_offloading: Move those inputs to host memory until the backward pass needs
+            them.  On CUDA; elsewhere they are there already.
         compile: Run each block through torch.compile.
     """
 
@@ -119,7 +122,13 @@ class TrainingOptions:
     max_steps: int = field(default=0, validator=ge(0))
     max_grad_norm: float = field(default=1.0, validator=ge(0.0))
     activation_checkpointing: bool = False
+    activation_offloading: bool = field(default=False)
     compile: bool = False
+
+    @activation_offloading.validator
+    def _offloads_what_checkpointing_keeps(self, _: attrs.Attribute[bool], value: bool) -> None:
+        if value and not self.activation_checkpointing:
+            raise ValueError("activation_offloading needs activation_checkpointing = true")
 
 
 @frozen(kw_only=True)

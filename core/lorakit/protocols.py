@@ -139,7 +139,7 @@ class Precision(Protocol):
 
     storage: frozen base weights as kept in memory.  compute: activations and matrix products.
     adapter: trained parameters and, through them, gradients and optimizer state.
-    notice: what the user should know (a fallback), or None.
+    notice: what the user should know (a fallback; why a step was skipped), or None.
     """
 
     storage: torch.dtype
@@ -151,8 +151,9 @@ class Precision(Protocol):
         """Accumulates gradients of `loss`, scaled if the dtype needs it."""
         ...
 
-    def step(self, optimizer: torch.optim.Optimizer, max_norm: float) -> float:
-        """Unscales, clips to `max_norm` (0: never), steps; returns the norm before clipping."""
+    def step(self, optimizer: torch.optim.Optimizer, max_norm: float) -> float | None:
+        """Unscales, clips to `max_norm` (0: never), steps; returns the norm before clipping, or
+        None if it left the parameters alone because the scale was too large."""
         ...
 
     def state(self) -> dict[str, Any]:

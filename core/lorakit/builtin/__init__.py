@@ -14,6 +14,7 @@ from lorakit.builtin import (
 )
 from lorakit.hookspecs import hookimpl
 from lorakit.options import CheckpointerOptions
+from lorakit.recipes import Recipe
 from lorakit.records import (
     AdapterMethod,
     CheckpointerType,
@@ -79,6 +80,16 @@ def lorakit_precisions() -> list[PrecisionPolicy]:
             name="bf16",
             summary="weights and activations in bf16, the adapter in fp32",
             resolve=precisions.resolve_bf16,
+        ),
+        PrecisionPolicy(
+            name="bf16_pure",
+            summary="everything in bf16, adapter and optimizer state included",
+            resolve=precisions.resolve_bf16_pure,
+        ),
+        PrecisionPolicy(
+            name="fp16",
+            summary="weights and activations in fp16, gradients scaled; CUDA only",
+            resolve=precisions.resolve_fp16,
         ),
     ]
 
@@ -170,3 +181,8 @@ def lorakit_model_sources() -> list[ModelSource]:
             examples=("owner/name", "owner/name@revision"),
         ),
     ]
+
+
+@hookimpl
+def lorakit_recipe_problems(recipe: Recipe) -> list[str]:
+    return precisions.fp16_problems(recipe)

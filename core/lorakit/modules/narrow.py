@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from lorakit.modules.frozen import StoredLinear
+
 BLOCK_ELEMENTS = 16 * 2**20
 """Weights widened at a time: 64 MB of fp32.  Smaller blocks make narrow, slower products."""
 
@@ -34,10 +36,11 @@ def row_blocks(weight: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, Tens
         yield rows, buffer[: rows.stop - start].copy_(weight[rows])
 
 
-class NarrowLinear(nn.Module):
-    """y = x W^T + b, with W frozen, and widened to the dtype of x a block of rows at a time.
+class NarrowLinear(StoredLinear):
+    """y = x W^T + b, with W kept as it is and widened a block of rows at a time.
 
-    Neither forward nor backward ever holds W in that dtype, nor keeps x.
+    Neither forward nor backward ever holds W whole in the dtype of x, as large as it may be: the
+    head of a 128k vocabulary too.
 
     Args:
         linear: Gives W and b.
@@ -45,11 +48,8 @@ class NarrowLinear(nn.Module):
     """
 
     def __init__(self, linear: nn.Linear, compute_dtype: torch.dtype) -> None:
-        super().__init__()
-        self.in_features, self.out_features = linear.in_features, linear.out_features
+        super().__init__(linear, compute_dtype)
         self.weight = linear.weight
-        self.bias = linear.bias
-        self.compute_dtype = compute_dtype
 
     def dequantize(self, out: Tensor | None = None) -> Tensor:
         """W `[out, in]`, whole, in the compute dtype or that of `out`."""

@@ -14,7 +14,7 @@ from lorakit.errors import UserError
 from lorakit.options import OptimizerOptions
 from lorakit.records import OptimizerType, PrecisionPolicy
 from lorakit.state import flatten_optimizer, unflatten_optimizer
-from lorakit.testing.failure import ensure
+from lorakit.testing.failure import ConformanceError, ensure
 from lorakit.testing.offers import check_offer, make_options
 
 LR = 1e-2
@@ -147,7 +147,8 @@ def check_precision(
     # The gradient is the parameter itself: [3, 4], of norm 5.
     precision.backward(0.5 * parameter.square().sum())
     norm = precision.step(optimizer, 1.0)
-    ensure(isinstance(norm, float), f"step: returns {norm!r}, not the norm")
+    if not isinstance(norm, float):
+        raise ConformanceError(f"step: returns {norm!r}, not the norm")
     ensure(abs(norm - 5.0) < 0.1, f"step: returns norm {norm}; before clipping it is 5")
     moved = float((parameter.detach().float().cpu() - torch.tensor([3.0, 4.0])).norm())
     ensure(abs(moved - 1.0) < 0.05, f"step: clipped to norm 1 and lr 1, it moves by {moved}")
