@@ -13,13 +13,14 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from attrs import frozen
+from attrs import field, frozen
 from torch import Tensor, nn
 
 from lorakit import __version__
 from lorakit.atomic import replaced_directory, write_bytes
 from lorakit.catalog import Catalog
 from lorakit.errors import UserError, listing
+from lorakit.protocols import BaseCheckpoint
 from lorakit.records import AdapterMethod
 from lorakit.weights.stream import linear_names
 
@@ -46,6 +47,8 @@ class SavedAdapter:
         config: adapter_config.json.
         tensors: By linear layer's dotted name, then by the name within the adapter.
         origin: lorakit.json, or an empty mapping for an adapter lorakit did not write.
+        copies: The base's own tensors by their names, which PEFT stores beside an adapter on
+            the head; see `check_copies`.
     """
 
     path: Path
@@ -54,6 +57,16 @@ class SavedAdapter:
     config: Mapping[str, Any]
     tensors: Mapping[str, Mapping[str, Tensor]]
     origin: Mapping[str, Any]
+    copies: Mapping[str, Tensor] = field(factory=dict)
+
+    @property
+    def flat(self) -> dict[str, Tensor]:
+        """The tensors under PEFT's keys."""
+        return {
+            f"{PREFIX}{layer}.{suffix}": tensor
+            for layer, tensors in self.tensors.items()
+            for suffix, tensor in tensors.items()
+        }
 
 
 def apply_adapter(
@@ -131,6 +144,18 @@ def load_adapter_tensors(
     """Copies tensors under PEFT's keys into the wrapped layers.
 
     Raises:
+        UserError: See `check_adapter_tensors`.
+    """
+    for key, parameter in check_adapter_tensors(model, names, tensors, where).items():
+        parameter.copy_(tensors[key])
+
+
+def check_adapter_tensors(
+    model: nn.Module, names: Sequence[str], tensors: Mapping[str, Tensor], where: Path
+) -> dict[str, nn.Parameter]:
+    """The parameters of the wrapped layers under PEFT's keys, if each has its tensor.
+
+    Raises:
         UserError: A key is missing, unexpected, or of another shape; the message lists them.
     """
     wanted = {
@@ -148,9 +173,11 @@ def load_adapter_tensors(
     if problems:
         shown = "\n".join(f"  {p}" for p in problems[:8])
         more = f"\n  and {len(problems) - 8} more" if len(problems) > 8 else ""
-        raise UserError(f"{where}: the adapter does not fit the model:\n{shown}{more}")
-    for key, parameter in wanted.items():
-        parameter.copy_(tensors[key])
+        raise UserError(
+            f"{where}: the adapter does not fit the model:\n{shown}{more}",
+            "It was trained on another base model, or with other settings than it is stored with.",
+        )
+    return wanted
 
 
 def adapter_config(
@@ -220,8 +247,34 @@ def read_adapter(directory: Path, catalog: Catalog) -> SavedAdapter:
     except (OSError, ValueError, SafetensorError) as error:
         raise UserError(f"{directory}: not a readable adapter: {error}") from None
     method = _method_of(config, catalog, directory)
-    tensors = group_by_layer(flat, method.parameter_prefix, directory)
-    return SavedAdapter(directory, method, method.from_config(config), config, tensors, origin)
+    options = method.from_config(config)
+    own_keys = {k for k in flat if any(p.startswith(method.parameter_prefix) for p in k.split("."))}
+    tensors = group_by_layer(
+        {k: t for k, t in flat.items() if k in own_keys}, method.parameter_prefix, directory
+    )
+    copies = {
+        k.removeprefix(PREFIX).replace(".base_layer.", "."): t
+        for k, t in flat.items()
+        if k not in own_keys
+    }
+    return SavedAdapter(directory, method, options, config, tensors, origin, copies)
+
+
+def check_copies(adapter: SavedAdapter, base: BaseCheckpoint) -> None:
+    """Refuses an adapter that brings other weights than its base has.
+
+    Raises:
+        UserError: A tensor beside the adapter's own is none of the base, or differs from it.
+    """
+    for name, copy in adapter.copies.items():
+        shards = [file for file, specs in base.shards().items() if name in specs]
+        stored = next((t for file in shards for n, t in base.tensors(file) if n == name), None)
+        if stored is None or not stored.to(copy.dtype).equal(copy):
+            raise UserError(
+                f"{adapter.path}: it brings a {name} of its own, which is not supported: lorakit "
+                "trains and merges low-rank updates only, not whole layers beside them",
+                "Merge it with PEFT (merge_and_unload), and use the merged model as the base.",
+            )
 
 
 def _method_of(config: Mapping[str, Any], catalog: Catalog, where: Path) -> AdapterMethod:

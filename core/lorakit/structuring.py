@@ -39,8 +39,8 @@ def describe_type(kind: Any) -> str:
     if origin in (tuple, list):
         inner = describe_type(get_args(kind)[0]).removeprefix("a ").removeprefix("whole ")
         return f"a list of {inner}s"
-    if origin in (dict, Mapping):
-        return "a table"
+    if origin is dict:
+        return f"a table of {describe_type(get_args(kind)[1]).split(' ', 1)[1]}s"
     if attrs.has(kind):
         return "a table"
     return str(getattr(kind, "__name__", kind))
@@ -168,6 +168,10 @@ def _structure_value(field: attrs.Attribute[Any], raw: Any, key: str) -> tuple[A
         if not isinstance(raw, Mapping):
             return None, [f"{key}: expected a table, got {describe_value(raw)}"]
         return structure(kind, raw, key)
+    if get_origin(kind) is dict:
+        problems = _entry_problems(kind, raw, key)
+        if problems:
+            return None, problems
     try:
         value = _converter.structure(raw, kind)
     except (_WrongType, cattrs.BaseValidationError, TypeError, ValueError, OverflowError):
@@ -185,6 +189,21 @@ def _structure_value(field: attrs.Attribute[Any], raw: Any, key: str) -> tuple[A
     return value, []
 
 
+def _entry_problems(kind: Any, raw: Any, key: str) -> list[str]:
+    """One line for each value of a table that is of another type than all must be."""
+    if not isinstance(raw, Mapping):
+        return [f"{key}: expected {describe_type(kind)}, got {describe_value(raw)}"]
+    problems = []
+    member = get_args(kind)[1]
+    for name, value in raw.items():
+        try:
+            _converter.structure(value, member)
+        except (_WrongType, cattrs.BaseValidationError, TypeError, ValueError, OverflowError):
+            expected = describe_type(member)
+            problems.append(f"{key}.{name}: expected {expected}, got {describe_value(value)}")
+    return problems
+
+
 def _validator_message(field: attrs.Attribute[Any], value: Any, error: Exception) -> str:
     """attrs' own message without the field's name and its repr of the attribute."""
     options = getattr(field.validator, "options", None)
@@ -194,6 +213,8 @@ def _validator_message(field: attrs.Attribute[Any], value: Any, error: Exception
         return f"{describe_value(value)} is none of {listing(choices)}{hint}"
     message = str(error.args[0]) if error.args else str(error)
     message = message.removeprefix(f"'{field.name}' ")
+    if isinstance(value, Mapping):  # its validator's message has the entry's value
+        return message
     return message if describe_value(value) in message else f"{message}: {describe_value(value)}"
 
 

@@ -13,10 +13,11 @@ from torch import nn
 
 from lorakit.adapters import (
     CONFIG,
-    PREFIX,
     TOKENIZER_FILES,
     SavedAdapter,
     apply_adapter,
+    check_adapter_tensors,
+    check_copies,
     load_adapter_tensors,
     read_adapter,
 )
@@ -100,12 +101,8 @@ def load_trained(path: str, device_name: str = "auto") -> Trained:
     tokenizer = base.tokenizer
     if adapter is not None:
         names = apply_adapter(base.model, adapter.method, adapter.options, resolved.adapter)
-        flat = {
-            f"{PREFIX}{layer}.{suffix}": tensor
-            for layer, tensors in adapter.tensors.items()
-            for suffix, tensor in tensors.items()
-        }
-        load_adapter_tensors(base.model, names, flat, adapter.path)
+        check_copies(adapter, base.checkpoint)
+        load_adapter_tensors(base.model, names, adapter.flat, adapter.path)
         tokenizer = _tokenizer_of(adapter, base)
     base.model.eval()
     return Trained(base.model, tokenizer, device, catalog)
@@ -157,6 +154,10 @@ def merge_trained(path: str, output: Path) -> None:
         )
     adapter = read_adapter(directory, catalog)
     base = _open_base_of(adapter, catalog, progress)
+    # The model stays on the meta device: only names and shapes are compared.
+    names = apply_adapter(base.model, adapter.method, adapter.options, torch.float32)
+    check_copies(adapter, base.checkpoint)
+    check_adapter_tensors(base.model, names, adapter.flat, adapter.path)
     merge_adapter(
         base.checkpoint,
         adapter.method,

@@ -214,7 +214,7 @@ def test_merge_equals_the_dense_formula(shape, alpha, rslora):
     rank, dora = shape["rank"], shape["dora"]
     options = LoRAOptions(rank=rank, alpha=alpha, rslora=rslora, dora=dora)
     scale = alpha / math.sqrt(rank) if rslora else alpha / rank
-    assert options.scale == pytest.approx(scale)
+    assert options.scale_at("layer") == pytest.approx(scale)
     layer = layer_of(**{**shape, "scale": scale})
     tensors = {n: p.detach().float() for n, p in layer.named_parameters() if n.startswith("lora_")}
     weight = layer.base.weight.float()

@@ -284,8 +284,6 @@ def test_checkpoint_of_a_run_loads_in_peft(checkpoint, train_run):
     [
         ("bias", "all"),
         ("modules_to_save", ["lm_head"]),
-        ("rank_pattern", {"q_proj": 2}),
-        ("alpha_pattern", {"q_proj": 2}),
         ("layers_to_transform", [0]),
         ("fan_in_fan_out", True),
         ("lora_bias", True),

@@ -10,16 +10,18 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from attrs import field, frozen
-from attrs.validators import and_, ge, gt, lt
+from attrs.validators import and_, deep_mapping, ge, gt, lt
 
 from lorakit.errors import UserError, did_you_mean, listing
+from lorakit.structuring import structure
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+T = TypeVar("T")
 ALL_LINEAR = "all-linear"
 
 
@@ -35,6 +37,10 @@ class LoRAOptions:
             endings (`q_proj`, `layers.0.mlp.up_proj`); or a regex over the whole dotted name.
         rslora: Scale by alpha/sqrt(r).
         dora: Train each output row's length apart from its direction.
+        rank_pattern: Ranks of some layers.  A key is a name, a name ending (`q_proj`) or a regex
+            for one (`layers\\.0\\.mlp\\..*`), matched as PEFT does: against the whole name, or
+            what follows one of its dots; of several that match, the first counts.
+        alpha_pattern: The same for alpha.
     """
 
     rank: int = field(default=8, validator=ge(1))
@@ -43,18 +49,46 @@ class LoRAOptions:
     targets: str | tuple[str, ...] = ALL_LINEAR
     rslora: bool = False
     dora: bool = False
+    rank_pattern: dict[str, int] = field(
+        factory=dict, validator=deep_mapping(value_validator=ge(1))
+    )
+    alpha_pattern: dict[str, float] = field(
+        factory=dict, validator=deep_mapping(value_validator=gt(0.0))
+    )
 
-    @property
-    def scale(self) -> float:
-        return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
+    def rank_at(self, name: str) -> int:
+        """r of the layer of that dotted name."""
+        return _at(self.rank_pattern, name, self.rank)
+
+    def scale_at(self, name: str) -> float:
+        """s of the layer of that dotted name."""
+        rank, alpha = self.rank_at(name), _at(self.alpha_pattern, name, self.alpha)
+        return alpha / (math.sqrt(rank) if self.rslora else rank)
+
+
+def _at(pattern: Mapping[str, T], name: str, default: T) -> T:
+    return next((value for key, value in pattern.items() if _is_match(key, name)), default)
+
+
+def _is_match(key: str, name: str) -> bool:
+    """As PEFT matches a key of `rank_pattern`."""
+    return re.match(rf"(.*\.)?({key})$", name) is not None
 
 
 def targets(options: LoRAOptions, linears: Sequence[str]) -> list[str]:
     """The linear layers to wrap; `linears` has the head last.
 
     Raises:
-        UserError: A target matches no linear layer; the message lists what exists.
+        UserError: A target matches no linear layer, or a key of a pattern none of those to wrap;
+            the message lists what exists.
     """
+    names = _targeted(options, linears)
+    for key in ("rank_pattern", "alpha_pattern"):
+        _check_pattern(f"adapter.{key}", getattr(options, key), names)
+    return names
+
+
+def _targeted(options: LoRAOptions, linears: Sequence[str]) -> list[str]:
     if options.targets == ALL_LINEAR:
         return list(linears[:-1])
     if isinstance(options.targets, str):
@@ -80,7 +114,7 @@ def _matching(pattern: str, linears: Sequence[str]) -> list[str]:
 
 
 def _no_match(unmatched: Sequence[str], linears: Sequence[str]) -> UserError:
-    endings = list(dict.fromkeys(name.rpartition(".")[2] for name in linears))
+    endings = _endings(linears)
     if not unmatched:
         return UserError("adapter.targets: the list is empty", f"There is: {listing(endings)}.")
     hint = did_you_mean(unmatched[0], endings)
@@ -90,14 +124,37 @@ def _no_match(unmatched: Sequence[str], linears: Sequence[str]) -> UserError:
     )
 
 
+def _check_pattern(where: str, pattern: Mapping[str, Any], names: Sequence[str]) -> None:
+    for key in pattern:
+        try:
+            matched = any(_is_match(key, name) for name in names)
+        except re.error as error:
+            raise UserError(f"{where}: not a valid regex: {key!r}: {error}") from None
+        if matched:
+            continue
+        within = next((name for name in names if f".{key}." in f".{name}"), None)
+        hint = did_you_mean(key, [*_endings(names), *names])
+        if within is not None:
+            escaped = re.escape(key)
+            hint = f" ({within} is in it: to match all that is in it, write '{escaped}\\..*')"
+        raise UserError(
+            f"{where}: no adapted layer matches {key!r}{hint}",
+            f"There is: {listing(_endings(names))} (such as {names[0]}).",
+        )
+
+
+def _endings(names: Sequence[str]) -> list[str]:
+    return list(dict.fromkeys(name.rpartition(".")[2] for name in names))
+
+
 def wrap(linear: nn.Module, options: LoRAOptions, name: str) -> nn.Module:
     """`linear` with a LoRA beside it."""
     from lorakit.builtin.lora_linear import LoRALinear
 
     return LoRALinear(
         linear,
-        rank=options.rank,
-        scale=options.scale,
+        rank=options.rank_at(name),
+        scale=options.scale_at(name),
         dropout=options.dropout,
         dora=options.dora,
     )
@@ -106,10 +163,10 @@ def wrap(linear: nn.Module, options: LoRAOptions, name: str) -> nn.Module:
 def to_config(options: LoRAOptions, names: Sequence[str]) -> dict[str, Any]:
     """The LoRA part of adapter_config.json; targets are spelled out, since not every reader
     knows the `all-linear` shorthand."""
-    alpha = int(options.alpha) if float(options.alpha).is_integer() else options.alpha
+    alphas = _resolved_pattern(options.alpha_pattern, names)
     return {
         "r": options.rank,
-        "lora_alpha": alpha,
+        "lora_alpha": _whole(options.alpha),
         "lora_dropout": options.dropout,
         "target_modules": _target_modules(options, names),
         "use_rslora": options.rslora,
@@ -118,11 +175,25 @@ def to_config(options: LoRAOptions, names: Sequence[str]) -> dict[str, Any]:
         "fan_in_fan_out": False,
         "init_lora_weights": True,
         "modules_to_save": None,
-        "rank_pattern": {},
-        "alpha_pattern": {},
+        "rank_pattern": _resolved_pattern(options.rank_pattern, names),
+        "alpha_pattern": {key: _whole(alpha) for key, alpha in alphas.items()},
         "layers_to_transform": None,
         "layers_pattern": None,
     }
+
+
+def _whole(value: float) -> float:
+    """A whole number as one: PEFT's field is an int."""
+    return int(value) if float(value).is_integer() else value
+
+
+def _resolved_pattern(pattern: Mapping[str, T], names: Sequence[str]) -> dict[str, T]:
+    """The pattern, or what it comes to layer by layer if its order matters: PEFT and others sort
+    the keys of the file."""
+    matching = [(name, [key for key in pattern if _is_match(key, name)]) for name in names]
+    if all(len(keys) <= 1 for _, keys in matching):
+        return dict(pattern)
+    return {re.escape(name): pattern[keys[0]] for name, keys in matching if keys}
 
 
 def _target_modules(options: LoRAOptions, names: Sequence[str]) -> list[str]:
@@ -142,12 +213,15 @@ def from_config(config: Mapping[str, Any]) -> LoRAOptions:
     Raises:
         UserError: It uses a part of PEFT's format that lorakit does not train.
     """
+    if whole := config.get("modules_to_save"):
+        raise UserError(
+            f"adapter_config.json: modules_to_save = {whole!r} is not supported: lorakit trains "
+            "and merges low-rank updates only, not whole layers beside them",
+            "Merge it with PEFT (merge_and_unload), and use the merged model as the base.",
+        )
     refused = {
         "bias": ("none", None),
         "fan_in_fan_out": (False, None),
-        "modules_to_save": (None, []),
-        "rank_pattern": ({}, None),
-        "alpha_pattern": ({}, None),
         "layers_to_transform": (None, []),
         "exclude_modules": (None, []),
         "trainable_token_indices": (None, [], {}),
@@ -164,15 +238,20 @@ def from_config(config: Mapping[str, Any]) -> LoRAOptions:
     found = config.get("target_modules")
     if not found or "r" not in config:
         raise UserError("adapter_config.json: r and target_modules are needed")
-    rank = int(config["r"])
-    return LoRAOptions(
-        rank=rank,
-        alpha=float(config.get("lora_alpha", 8)),
-        dropout=float(config.get("lora_dropout", 0.0)),
-        targets=found if isinstance(found, str) else tuple(found),
-        rslora=bool(config.get("use_rslora", False)),
-        dora=bool(config.get("use_dora", False)),
-    )
+    table = {
+        "rank": config["r"],
+        "alpha": config.get("lora_alpha", 8),
+        "dropout": config.get("lora_dropout", 0.0),
+        "targets": found,
+        "rslora": bool(config.get("use_rslora", False)),
+        "dora": bool(config.get("use_dora", False)),
+        "rank_pattern": config.get("rank_pattern") or {},
+        "alpha_pattern": config.get("alpha_pattern") or {},
+    }
+    options, problems = structure(LoRAOptions, table, "adapter_config.json")
+    if options is None:
+        raise UserError("\n".join(problems))
+    return options
 
 
 def merge(weight: Tensor, tensors: Mapping[str, Tensor], options: LoRAOptions, name: str) -> Tensor:
@@ -187,7 +266,7 @@ def merge(weight: Tensor, tensors: Mapping[str, Tensor], options: LoRAOptions, n
     """
     a, b = tensors["lora_A.weight"].float(), tensors["lora_B.weight"].float()
     # In place: the largest layers of a large model take gigabytes in fp32.
-    merged = weight.to(a.dtype, copy=True).addmm_(b, a, alpha=options.scale)
+    merged = weight.to(a.dtype, copy=True).addmm_(b, a, alpha=options.scale_at(name))
     if options.dora:
         magnitude = tensors["lora_magnitude_vector"].float()
         # Above 0, so that a row of zeros stays one.
