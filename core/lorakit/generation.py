@@ -59,9 +59,9 @@ def prompt_ids(tokenizer: Tokenizer, prompt: str) -> list[int]:
     """A user's message as the model saw such messages in training; as plain text where there
     is no chat template."""
     if tokenizer.template is None:
-        return list(tokenizer.encode(prompt, special=True).ids)
+        return tokenizer.encode_text(prompt)
     text = tokenizer.render([Message("user", prompt)], add_generation_prompt=True)
-    return list(tokenizer.encode(text, special=False).ids)
+    return list(tokenizer.encode_rendered(text).ids)
 
 
 def stream_answer(

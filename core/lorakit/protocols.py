@@ -107,11 +107,13 @@ class ProgressTask(Protocol):
 @frozen
 class Message:
     """One turn.  `role` is `system`, `user`, `assistant` or `tool`.  `trained` None leaves it
-    to the role: the assistant's turns are trained."""
+    to the role: the assistant's turns are trained.  `extra` is what else the chat template is to
+    see of the turn (`name`, `reasoning_content`, `tool_calls` ...)."""
 
     role: str
     content: str
     trained: bool | None = None
+    extra: Mapping[str, Any] = field(factory=dict)
 
 
 @frozen

@@ -165,7 +165,7 @@ def test_merged_tokenizer_is_the_one_of_training(train_run):
         text = tokenizer.apply_chat_template(
             [{"role": "user", "content": "why"}], tokenize=False, add_generation_prompt=True
         )
-        assert text == "### Instruction:\nwhy\n\n### Response:\n"
+        assert text.endswith("\n\n### Instruction:\nwhy\n\n### Response:\n")
 
 
 def test_sharded_base_merges_under_its_own_shard_names(make_checkpoint, tmp_path):

@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from lorakit.catalog import load_catalog
-from lorakit.data.chat_template import BUILT_IN
+from lorakit.data.chat_template import built_in
 from lorakit.data.dataset import load_dataset
 from lorakit.data.encode import encode_example
 from lorakit.data.tokenizer import load_tokenizer
@@ -53,13 +53,13 @@ ZEPHYR = (
 )
 # What stands before each answer, and what ends it.
 TEMPLATES = {
-    "chatml": (BUILT_IN["chatml"], "", "<|im_end|>"),
+    "chatml": (built_in("chatml"), "", "<|im_end|>"),
     "llama_2": (LLAMA_2, " ", " </s>"),
     "llama_3": (LLAMA_3, "", "<|eot_id|>"),
     "gemma": (GEMMA, "", "<end_of_turn>"),
     "phi_3": (PHI_3, "", "<|end|>"),
     "zephyr": (ZEPHYR, "", "</s>"),
-    "alpaca": (BUILT_IN["alpaca"], "", "</s>"),
+    "alpaca": (built_in("alpaca"), "", "</s>"),
 }
 templates = pytest.mark.parametrize(
     ("template", "lead", "end"), TEMPLATES.values(), ids=TEMPLATES.keys()
@@ -162,7 +162,7 @@ def test_turn_that_says_train_false_is_left_out(plain):
 
 
 def test_empty_answer_trains_what_ends_it_alone(plain):
-    tokenizer = evolve(plain, template=BUILT_IN["chatml"])
+    tokenizer = evolve(plain, template=built_in("chatml"))
     example = conversation("Why?", "", "Well?", "So.")
     assert trained_text(example, tokenizer) == "<|im_end|>So.<|im_end|>"
 
@@ -186,12 +186,22 @@ def test_template_that_drops_reasoning_from_earlier_turns(plain):
     tokenizer = evolve(plain, template=template)
     found = trained_text(conversation("a", "b", "c", "<think>so</think>d"), tokenizer)
     assert found == "b<|im_end|><think>so</think>d<|im_end|>"
-    with pytest.raises(ValueError, match="does not write an assistant's turn as it is"):
-        trained_text(conversation("a", "<think>so</think>b", "c", "d"), tokenizer)
+    found = trained_text(conversation("a", "<think>so</think>b", "c", "d"), tokenizer)
+    assert found == "b<|im_end|>d<|im_end|>"
+
+
+def test_template_that_leaves_a_turn_out_is_refused(plain):
+    template = (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n"
+        "{% if m.role == 'user' or loop.last %}{{ m.content }}{% endif %}<|im_end|>\n{% endfor %}"
+    )
+    tokenizer = evolve(plain, template=template)
+    with pytest.raises(ValueError, match="does not write an assistant's turn where"):
+        trained_text(conversation("a", "b", "c", "d"), tokenizer)
 
 
 def test_train_on_prompt_trains_everything(plain):
-    tokenizer = evolve(plain, template=BUILT_IN["chatml"])
+    tokenizer = evolve(plain, template=built_in("chatml"))
     example = conversation("Why?", "Because.")
     found = trained_text(example, tokenizer, train_on_prompt=True)
     assert found == tokenizer.render(example.messages)
@@ -212,7 +222,7 @@ def load(plain, tmp_path):
         file = tmp_path / "rows.jsonl"
         file.write_text("\n".join(json.dumps(row) for row in rows) + "\n")
         form = catalog.get("dataset", name)
-        tokenizer = evolve(plain, template=BUILT_IN["chatml"])
+        tokenizer = evolve(plain, template=built_in("chatml"))
         return load_dataset(
             form, form.options(path=str(file), **options), tokenizer, TerminalProgress()
         )
@@ -289,5 +299,5 @@ def test_alpaca_row_is_an_exchange(load, plain):
     ]
     texts = [plain.decode(e.ids, special=True) for e in load(rows, "alpaca").examples]
     expected = [("Add.\n\n1 and 2", "3"), ("Greet.", "Hello."), ("Greet.", "Hi.")]
-    tokenizer = evolve(plain, template=BUILT_IN["chatml"])
+    tokenizer = evolve(plain, template=built_in("chatml"))
     assert texts == [tokenizer.render(conversation(*pair).messages) for pair in expected]

@@ -44,7 +44,8 @@ class TextOptions(DataOptions):
 
 def messages_example(row: Mapping[str, Any], options: MessagesOptions) -> Conversation:
     """`{"messages": [{"role": "user", "content": ...}, {"role": "assistant", ...}]}`; a turn
-    may say `"train": false`.
+    may say `"train": false`.  What else it has (`name`, `reasoning_content`, `tool_calls` ...) is
+    for the chat template to see.
 
     Raises:
         ValueError: The row has another shape.
@@ -69,7 +70,8 @@ def _message(turn: Any, where: str) -> Message:
         raise ValueError(f"{where}.train: expected true or false, got {_shown(trained)}")
     if trained and role != "assistant":
         raise ValueError(f"{where}.train: only an assistant's turn can be trained")
-    return Message(role, content, trained)
+    extra = {k: v for k, v in turn.items() if k not in ("role", "content", "train")}
+    return Message(role, content, trained, extra)
 
 
 def alpaca_example(row: Mapping[str, Any], options: AlpacaOptions) -> Conversation:

@@ -1,75 +1,140 @@
 """Chat templates: the model's own jinja text, rendered in jinja2's sandbox.
 
-The environment is the one Hugging Face tokenizers document for chat templates: trimmed and
-left-stripped blocks, loop controls, `raise_exception`, `strftime_now`, and a `tojson` that
-does not escape for HTML.
+The environment is the one transformers documents for chat templates
+(`utils/chat_template_utils.py`): trimmed and left-stripped blocks, loop controls,
+`raise_exception`, `strftime_now`, a `tojson` that does not escape for HTML, and the block
+`{% generation %}`, by which a template marks what the model is to generate.
 """
 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from datetime import datetime
-from functools import lru_cache
-from typing import Any
+from functools import cache, lru_cache
+from importlib import resources
+from typing import TYPE_CHECKING, Any
 
 from lorakit.errors import UserError, did_you_mean, listing
 from lorakit.protocols import Message
 
-BUILT_IN = {
-    "chatml": (
-        "{% for message in messages %}"
-        "<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n"
-        "{% endfor %}"
-        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-    ),
-    "alpaca": (
-        "{{ bos_token }}"
-        "{% for message in messages %}"
-        "{% if message['role'] == 'system' %}{{ message['content'] }}\n\n"
-        "{% elif message['role'] == 'assistant' %}"
-        "### Response:\n{{ message['content'] }}{{ eos_token }}\n\n"
-        "{% else %}### Instruction:\n{{ message['content'] }}\n\n{% endif %}"
-        "{% endfor %}"
-        "{% if add_generation_prompt %}### Response:\n{% endif %}"
-    ),
-}
-"""Formats for base models that have no template of their own, by `data.chat_template`.  The
-alpaca format is that of the Stanford Alpaca project, without its fixed preamble."""
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+AUTO = "auto"
+# Not `<SYS>` within `<<SYS>>`, which is text.
+_MARKER = re.compile(r"(?<!<)<\|?\w+\|?>(?!>)")
+_A_TEMPLATE_MAY_RAISE = (TypeError, AttributeError, LookupError, ValueError, ArithmeticError)
+_REASONING = ("reasoning_content", "thinking", "reasoning")
 
 
-def built_in_template(name: str) -> str:
-    """The text of a built-in template.
+@cache
+def built_in_names() -> tuple[str, ...]:
+    """The formats for models without a template of their own, by `data.chat_template`."""
+    files = resources.files("lorakit").joinpath("chat_templates").iterdir()
+    return tuple(sorted(f.name.removesuffix(".jinja") for f in files if f.name.endswith(".jinja")))
+
+
+def built_in(name: str) -> str:
+    """The jinja text of a built-in format.
 
     Raises:
         UserError: There is none of that name.
     """
-    if name not in BUILT_IN:
-        known = listing(["auto", *BUILT_IN])
-        hint = did_you_mean(name, ["auto", *BUILT_IN])
-        raise UserError(f"data.chat_template: no built-in template {name!r}{hint} (known: {known})")
-    return BUILT_IN[name]
+    known = [AUTO, *built_in_names()]
+    if name == AUTO or name not in known:
+        raise UserError(
+            f"data.chat_template: no built-in format {name!r}{did_you_mean(name, known)} "
+            f"(known: {listing(known)})"
+        )
+    file = resources.files("lorakit").joinpath("chat_templates") / f"{name}.jinja"
+    return file.read_text(encoding="utf-8")
+
+
+def check_markers(name: str, template: str, backend: Tokenizer) -> None:
+    """Raises `UserError` if a format's markers are no tokens of the vocabulary.
+
+    Cut into pieces, the marker that ends a turn would be many tokens, none of which can stop
+    generation.
+    """
+    if missing := _missing_markers(template, backend):
+        raise UserError(
+            f"data.chat_template: the format {name!r} is built on {listing(missing)}, which the "
+            "model's tokenizer does not have as tokens",
+            f"These formats fit it: {listing(fitting(backend))}.",
+        )
+
+
+def fitting(backend: Tokenizer) -> list[str]:
+    """The built-in formats all of whose markers are tokens of the vocabulary."""
+    return [n for n in built_in_names() if not _missing_markers(built_in(n), backend)]
+
+
+def _missing_markers(template: str, backend: Tokenizer) -> list[str]:
+    without_comments = re.sub(r"{#.*?#}", "", template, flags=re.DOTALL)
+    markers = dict.fromkeys(_MARKER.findall(without_comments))
+    return [m for m in markers if backend.token_to_id(m) is None]
+
+
+class _Tracker:
+    """What a template has written so far, and the spans of it in `{% generation %}` blocks."""
+
+    def __init__(self) -> None:
+        self.written = ""
+        self.spans: list[tuple[int, int]] = []
+
+    def generated(self, text: str) -> str:
+        self.spans.append((len(self.written), len(self.written) + len(text)))
+        return text
 
 
 @lru_cache(maxsize=8)
-def _compile(template: str) -> Any:
+def _compile(template: str) -> tuple[Any, _Tracker]:
     import jinja2
-    from jinja2.ext import loopcontrols
+    from jinja2 import nodes
+    from jinja2.ext import Extension, loopcontrols
+    from jinja2.parser import Parser
     from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    tracker = _Tracker()
+
+    class Generation(Extension):
+        tags = {"generation"}  # noqa: RUF012 (jinja2's own interface)
+
+        def parse(self, parser: Parser) -> nodes.Node:
+            line = next(parser.stream).lineno
+            body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+            return nodes.CallBlock(self.call_method("_note"), [], [], body).set_lineno(line)
+
+        def _note(self, caller: Any) -> str:
+            return tracker.generated(caller())
 
     def raise_exception(message: str) -> None:
         raise jinja2.exceptions.TemplateError(message)
 
-    def tojson(value: Any, ensure_ascii: bool = False, indent: int | None = None) -> str:
-        return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent)
+    def tojson(
+        value: Any,
+        ensure_ascii: bool = False,
+        indent: int | None = None,
+        separators: tuple[str, str] | None = None,
+        sort_keys: bool = False,
+    ) -> str:
+        return json.dumps(
+            value,
+            ensure_ascii=ensure_ascii,
+            indent=indent,
+            separators=separators,
+            sort_keys=sort_keys,
+        )
 
     environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols]
+        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols]
     )
     environment.filters["tojson"] = tojson
     environment.globals["raise_exception"] = raise_exception
     environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
-    return environment.from_string(template)
+    return environment.from_string(template), tracker
 
 
 def render(
@@ -78,7 +143,7 @@ def render(
     *,
     add_generation_prompt: bool,
     special_tokens: Mapping[str, str],
-) -> str:
+) -> tuple[str, list[tuple[int, int]]]:
     """The messages as the template writes them.
 
     Args:
@@ -87,20 +152,36 @@ def render(
         add_generation_prompt: End with the header of the assistant's next turn.
         special_tokens: `bos_token`, `eos_token` ..., which templates may refer to.
 
+    Returns:
+        The text, and the spans of its characters that stand in `{% generation %}` blocks.
+
     Raises:
         ValueError: The template cannot be rendered, or refuses these messages.
     """
     import jinja2
 
     try:
-        return str(
-            _compile(template).render(
-                messages=[{"role": m.role, "content": m.content} for m in messages],
-                add_generation_prompt=add_generation_prompt,
-                tools=None,
-                documents=None,
-                **special_tokens,
-            )
+        compiled, tracker = _compile(template)
+        tracker.written, tracker.spans = "", []
+        pieces = compiled.generate(
+            messages=[_as_templates_see_it(message) for message in messages],
+            add_generation_prompt=add_generation_prompt,
+            tools=None,
+            documents=None,
+            **special_tokens,
         )
-    except (jinja2.exceptions.TemplateError, TypeError, AttributeError, KeyError) as error:
+        for piece in pieces:
+            tracker.written += piece
+    except (jinja2.exceptions.TemplateError, *_A_TEMPLATE_MAY_RAISE) as error:
         raise ValueError(f"the chat template refuses it: {error}") from None
+    return tracker.written, list(tracker.spans)
+
+
+def _as_templates_see_it(message: Message) -> dict[str, Any]:
+    """As a mapping without empty keys, and with its reasoning under the names templates read."""
+    values = {"role": message.role, "content": message.content, **message.extra}
+    values = {key: value for key, value in values.items() if value is not None}
+    reasoning = next((values[k] for k in _REASONING if k in values), None)
+    if reasoning is not None:
+        values = {"thinking": reasoning, **values, "reasoning_content": reasoning}
+    return values

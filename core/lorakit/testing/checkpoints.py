@@ -12,7 +12,7 @@ from attrs import define, field
 from torch import Tensor, nn
 
 from lorakit.base_model import build_on_meta
-from lorakit.data.chat_template import BUILT_IN
+from lorakit.data.chat_template import built_in
 from lorakit.progress import SilentProgress
 from lorakit.protocols import TensorSpec
 from lorakit.records import ModelFamily
@@ -128,5 +128,5 @@ def write_tokenizer(directory: Path) -> None:
     backend.decoder = decoders.ByteLevel()
     backend.add_special_tokens([AddedToken(token, special=True) for token in SPECIAL])
     backend.save(str(directory / "tokenizer.json"))
-    settings = {"eos_token": "<|im_end|>", "chat_template": BUILT_IN["chatml"]}
+    settings = {"eos_token": "<|im_end|>", "chat_template": built_in("chatml")}
     (directory / "tokenizer_config.json").write_text(json.dumps(settings), encoding="utf-8")

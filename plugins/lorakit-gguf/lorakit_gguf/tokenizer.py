@@ -29,7 +29,8 @@ def build_tokenizer(vocabulary: Vocabulary) -> Tokenizer:
             f"{', '.join(_BUILDERS)}"
         )
     tokenizer = _BUILDERS[vocabulary.model](vocabulary)
-    _add_special_tokens(tokenizer, vocabulary)
+    if vocabulary.model != "llama":
+        _add_special_tokens(tokenizer, vocabulary)
     _add_bos_and_eos(tokenizer, vocabulary)
     return tokenizer
 
@@ -68,9 +69,6 @@ def _add_special_tokens(tokenizer: Tokenizer, vocabulary: Vocabulary) -> None:
     """Control tokens are special; user-defined ones are found whole in a text, but are text."""
     special = vocabulary.of_kind(Kind.UNKNOWN, Kind.CONTROL)
     plain = vocabulary.of_kind(Kind.USER_DEFINED)
-    if vocabulary.model == "llama":
-        # SentencePiece spells runs of spaces with "▁", and the merges produce them already.
-        plain = [token for token in plain if token.strip(" ▁")]
     tokenizer.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in special])
     tokenizer.add_tokens([AddedToken(t, special=False, normalized=False) for t in plain])
 
