@@ -8,6 +8,7 @@ from lorakit.builtin import (
     hub,
     loggers,
     lora,
+    meta_directory,
     optimizers,
     precisions,
     snapshots,
@@ -158,7 +159,19 @@ def lorakit_weight_formats() -> list[WeightFormat]:
             summary="Hugging Face directories of safetensors",
             claims=hf_directory.claims,
             open=hf_directory.HuggingFaceDirectory,
-        )
+        ),
+        WeightFormat(
+            name="torch",
+            summary="Hugging Face directories of pytorch_model*.bin, without running pickled code",
+            claims=hf_directory.claims_torch,
+            open=hf_directory.TorchDirectory,
+        ),
+        WeightFormat(
+            name="meta",
+            summary="Meta's own Llama directories: params.json and consolidated.*.pth",
+            claims=meta_directory.claims,
+            open=meta_directory.MetaDirectory,
+        ),
     ]
 
 

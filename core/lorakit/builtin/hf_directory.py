@@ -1,7 +1,7 @@
-"""Hugging Face model directories: config.json and safetensors, in one file or in shards.
+"""Hugging Face model directories: config.json and weights, in one file or in shards.
 
-Format: https://github.com/huggingface/safetensors (each file starts with a JSON header), and
-transformers' `model.safetensors.index.json`.
+The weights are safetensors or, failing those, pytorch_model*.bin; shards are listed in
+transformers' `model.safetensors.index.json` or `pytorch_model.bin.index.json`.
 """
 
 from __future__ import annotations
@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+TORCH_INDEX = "pytorch_model.bin.index.json"
+TORCH_SINGLE = "pytorch_model.bin"
 LARGEST_SIDE_FILE = 100_000_000
 _WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pth", ".pt", ".gguf", ".h5", ".msgpack", ".onnx")
 
@@ -32,12 +34,21 @@ def claims(path: Path) -> bool:
     return (path / INDEX).is_file() or any(path.glob("*.safetensors"))
 
 
+def claims_torch(path: Path) -> bool:
+    """A directory with config.json and pytorch_model*.bin, without safetensors."""
+    if claims(path) or not (path / "config.json").is_file():
+        return False
+    return (path / TORCH_INDEX).is_file() or any(path.glob("pytorch_model*.bin"))
+
+
 class HuggingFaceDirectory:
-    """A `lorakit.protocols.BaseCheckpoint` over a model directory.
+    """A `lorakit.protocols.BaseCheckpoint` over a model directory with safetensors.
 
     Raises:
         UserError: config.json or the index is malformed, or a shard is missing.
     """
+
+    _index, _single, _pattern = INDEX, SINGLE, "*.safetensors"
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -52,14 +63,19 @@ class HuggingFaceDirectory:
 
     @cached_property
     def _shard_names(self) -> list[str]:
-        if (self.path / INDEX).is_file():
-            weight_map = read_json(self.path / INDEX).get("weight_map")
-            if not isinstance(weight_map, dict) or not weight_map:
-                raise UserError(f"{self.path / INDEX}: no weight_map")
+        index = self.path / self._index
+        if index.is_file():
+            weight_map = read_json(index).get("weight_map")
+            if (
+                not isinstance(weight_map, dict)
+                or not weight_map
+                or not all(isinstance(file, str) for file in weight_map.values())
+            ):
+                raise UserError(f"{index}: no weight_map of file names")
             names = sorted(set(weight_map.values()))
         else:
-            names = [SINGLE] if (self.path / SINGLE).is_file() else []
-            names = names or sorted(p.name for p in self.path.glob("*.safetensors"))
+            names = [self._single] if (self.path / self._single).is_file() else []
+            names = names or sorted(p.name for p in self.path.glob(self._pattern))
         missing = [n for n in names if not (self.path / n).is_file()]
         if missing:
             raise UserError(
@@ -69,12 +85,44 @@ class HuggingFaceDirectory:
             )
         return names
 
-    def shards(self) -> Mapping[str, Mapping[str, TensorSpec]]:
+    @cached_property
+    def _headers(self) -> Mapping[str, Mapping[str, TensorSpec]]:
         return {name: read_header(self.path / name) for name in self._shard_names}
+
+    def shards(self) -> Mapping[str, Mapping[str, TensorSpec]]:
+        return self._headers
 
     def tensors(self, shard: str | None = None) -> Iterator[tuple[str, Tensor]]:
         for name in [shard] if shard else self._shard_names:
             yield from read_tensors(self.path / name)
+
+
+class TorchDirectory(HuggingFaceDirectory):
+    """The same over pytorch_model*.bin; its shards go by the names they have as safetensors.
+
+    Raises:
+        UserError: As `HuggingFaceDirectory`; from a file: see `lorakit.weights.torch_file`.
+    """
+
+    _index, _single, _pattern = TORCH_INDEX, TORCH_SINGLE, "pytorch_model*.bin"
+
+    @cached_property
+    def _headers(self) -> Mapping[str, Mapping[str, TensorSpec]]:
+        from lorakit.weights.torch_file import read_header
+
+        return {as_safetensors(name): read_header(self.path / name) for name in self._shard_names}
+
+    def tensors(self, shard: str | None = None) -> Iterator[tuple[str, Tensor]]:
+        from lorakit.weights.torch_file import read_tensors
+
+        for name in self._shard_names:
+            if shard in (None, as_safetensors(name)):
+                yield from read_tensors(self.path / name)
+
+
+def as_safetensors(name: str) -> str:
+    """`pytorch_model-00001-of-00002.bin` -> `model-00001-of-00002.safetensors`."""
+    return name.removeprefix("pytorch_").removesuffix(".bin") + ".safetensors"
 
 
 def _is_side_file(path: Path) -> bool:

@@ -7,7 +7,7 @@ Resident memory peaks at the model as stored plus one tensor.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from typing import cast
 
 import torch
@@ -16,28 +16,43 @@ from torch import Tensor, nn
 from lorakit.errors import UserError
 from lorakit.protocols import BaseCheckpoint, Progress
 from lorakit.runtime import tensors_in_own_pages
+from lorakit.weights.dtypes import NOT_WEIGHTS
+
+_QUANTIZED_ENDINGS = (
+    *(".qweight", ".qzeros", ".g_idx"),  # GPTQ, AWQ
+    *(".weight.absmax", ".weight.quant_map", ".SCB"),  # bitsandbytes
+    *(".weight_packed", ".weight_scale", ".weight_scale_inv"),  # compressed-tensors, FP8
+    *("_blocks", "_scales"),  # MXFP4
+)
 
 Quantize = Callable[[nn.Linear, Tensor], nn.Module]
 
 
 def check_tensors(model: nn.Module, checkpoint: BaseCheckpoint) -> None:
-    """Compares names and shapes of checkpoint and model, from headers alone.
+    """Compares names, shapes and dtypes of checkpoint and model, from headers alone.
 
     Raises:
-        UserError: One message with everything that is missing, unexpected or of another shape.
+        UserError: The checkpoint is quantized already; or one message with everything that is
+            missing, unexpected, of another shape, or of a dtype that a weight cannot have.
     """
     stored = {n: s for shard in checkpoint.shards().values() for n, s in shard.items()}
+    _check_not_quantized(checkpoint, stored)
     wanted = _parameters(model)
-    tied = _tied_names(model)
+    first = _first_names(model)
+    there = {first.get(name, name) for name in stored}
     problems = [
-        f"missing: {name} {list(p.shape)}" for name, p in wanted.items() if name not in stored
+        f"missing: {name} {list(p.shape)}" for name, p in wanted.items() if name not in there
     ]
     for name, spec in stored.items():
-        if name in wanted and tuple(wanted[name].shape) != spec.shape:
-            expected = list(wanted[name].shape)
+        parameter = wanted.get(first.get(name, name))
+        if parameter is None:
+            if not _is_derived(name):
+                problems.append(f"unexpected: {name} {list(spec.shape)}")
+        elif tuple(parameter.shape) != spec.shape:
+            expected = list(parameter.shape)
             problems.append(f"shape: {name} is {list(spec.shape)}, config.json says {expected}")
-        elif name not in wanted and name not in tied and not _is_derived(name):
-            problems.append(f"unexpected: {name} {list(spec.shape)}")
+        elif spec.dtype in NOT_WEIGHTS:
+            problems.append(f"dtype: {name} is stored as {spec.dtype}, a weight is floating-point")
     if problems:
         shown = problems[:12]
         if len(problems) > len(shown):
@@ -46,6 +61,21 @@ def check_tensors(model: nn.Module, checkpoint: BaseCheckpoint) -> None:
         raise UserError(
             f"{checkpoint.path}: the tensors do not fit config.json "
             f"({len(problems)} problem{'s' if len(problems) > 1 else ''}):\n{lines}"
+        )
+
+
+def _check_not_quantized(checkpoint: BaseCheckpoint, stored: Iterable[str]) -> None:
+    """A quantized checkpoint would fail with a line for each of its tensors."""
+    settings = checkpoint.config.get("quantization_config")
+    method = settings.get("quant_method", "unknown") if isinstance(settings, Mapping) else None
+    marks = [name for name in stored if name.endswith(_QUANTIZED_ENDINGS)]
+    if settings or marks:
+        how = f"({method}) " if method else ""
+        seen = f"it stores {marks[0]}" if marks else "config.json has a quantization_config"
+        raise UserError(
+            f"{checkpoint.path}: quantized already {how}and cannot be trained from: {seen}",
+            "Take the model it was made from, in bf16 or fp16; a recipe's quantization stores "
+            "that in fewer bits while it loads.",
         )
 
 
@@ -71,15 +101,20 @@ def stream_weights(
         kept_linears: Dotted names that are not quantized: the head.
     """
     wanted = _parameters(model)
-    total = sum(name in wanted for shard in checkpoint.shards().values() for name in shard)
+    first = _first_names(model)
+    stored = {name for shard in checkpoint.shards().values() for name in shard}
+    # Of a tied parameter that is stored under several names, the first is read.
+    read = {n: first.get(n, n) for n in stored if n in wanted or first.get(n) not in stored}
+    read = {name: target for name, target in read.items() if target in wanted}
     aliases = _aliases(model)
     with (
-        progress.task("loading weights", total, unit="tensors") as task,
+        progress.task("loading weights", len(read), unit="tensors") as task,
         tensors_in_own_pages(),
         torch.no_grad(),
     ):
-        for name, tensor in checkpoint.tensors():
-            if name not in wanted:
+        for stored_name, tensor in checkpoint.tensors():
+            name = read.get(stored_name)
+            if name is None:
                 continue
             owner, _, leaf = name.rpartition(".")
             linear = model.get_submodule(owner)
@@ -122,9 +157,9 @@ def _aliases(model: nn.Module) -> dict[str, list[str]]:
     return found
 
 
-def _tied_names(model: nn.Module) -> set[str]:
-    """Second names of tied parameters; some checkpoints store those tensors as well."""
-    return {alias for names in _aliases(model).values() for alias in names}
+def _first_names(model: nn.Module) -> dict[str, str]:
+    """Second name of a tied parameter -> its first.  A checkpoint may store either, or both."""
+    return {alias: name for name, names in _aliases(model).items() for alias in names}
 
 
 def _is_derived(name: str) -> bool:
