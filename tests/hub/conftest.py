@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
 import pytest
 from attrs import define, field
@@ -30,6 +31,7 @@ class Hub:
         gated: Repositories that want a token.
         cut: File name -> how many bytes to send, once, before the connection is dropped.
         damaged: Files of which other bytes arrive than were promised.
+        xet: Say of large files that they are in xet storage too.
         busy: Answer everything with 503.
         address: Where the server listens.
         storage: Where large files are: the same server, but another host by name.
@@ -43,6 +45,7 @@ class Hub:
     gated: set[str] = field(factory=set)
     cut: dict[str, int] = field(factory=dict)
     damaged: set[str] = field(factory=set)
+    xet: bool = False
     busy: bool = False
     address: str = ""
     storage: str = ""
@@ -89,7 +92,7 @@ def handler_of(hub: Hub) -> type[BaseHTTPRequestHandler]:
             self.do_GET()
 
         def do_GET(self) -> None:
-            path = self.path.partition("?")[0].lstrip("/")
+            path = unquote(self.path.partition("?")[0]).lstrip("/")
             hub.log.append(f"{self.command} {path}")
             hub.tokens.append(self.headers.get("Authorization"))
             if hub.busy:
@@ -141,6 +144,9 @@ def handler_of(hub: Hub) -> type[BaseHTTPRequestHandler]:
                 etag = hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
                 self.content(name, content, {**commit, "ETag": f'"{etag}"'})
             elif self.command == "HEAD":
+                if hub.xet:
+                    commit["X_Xet_Hash"] = "0" * 64
+                    commit["X_Xet_Refresh_Route"] = f"{hub.address}/api/xet"
                 self.answer(
                     302,
                     Location=f"{hub.storage}/storage/|{repo}|{name}",
@@ -190,13 +196,14 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
     monkeypatch.setenv("HF_ENDPOINT", hub.address)
     monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
     hub.cache = str(tmp_path / "hf" / "hub")
-    from huggingface_hub import constants
+    from huggingface_hub import constants, file_download
 
     monkeypatch.setattr(constants, "ENDPOINT", hub.address)
     # Ten megabytes by default: so much is lost when a connection breaks.
     monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", 100_000)
     template = hub.address + "/{repo_id}/resolve/{revision}/{filename}"
     monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+    monkeypatch.setattr(file_download, "HUGGINGFACE_CO_URL_TEMPLATE", template, raising=False)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", hub.cache)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "hf" / "token"))

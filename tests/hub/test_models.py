@@ -256,3 +256,41 @@ def test_damaged_weights_are_not_kept(hub: Any) -> None:
         get()
     hub.damaged.clear()
     assert (get() / "model.safetensors").read_bytes() == WEIGHTS
+
+
+def test_without_xet_all_comes_over_http(hub: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    from huggingface_hub import constants
+
+    hub.add("models/acme/tiny", SMALL)
+    hub.xet = True
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+    assert (get() / "model.safetensors").read_bytes() == WEIGHTS
+
+
+def test_with_xet_huggingface_hub_fetches_and_progress_is_ours(
+    hub: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import huggingface_hub
+
+    from lorakit.hub import transfer
+
+    calls = []
+
+    def hf_hub_download(
+        repo_id: str, filename: str, *, tqdm_class: Any, revision: str, **_: Any
+    ) -> None:
+        calls.append((repo_id, filename, revision))
+        with tqdm_class(desc="x", total=5, unit="B", position=1, leave=True) as bar:
+            bar.update(len(WEIGHTS))
+            bar.update_transfer(123)
+            bar.set_postfix_str("1 MB/s", refresh=False)
+        assert callable(tqdm_class.update_transfer)
+
+    hub.add("models/acme/tiny", SMALL)
+    hub.xet = True
+    monkeypatch.setattr(transfer, "_has_xet", lambda: True)
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", hf_hub_download)
+    progress = Counting()
+    fetch("acme/tiny", progress)
+    assert calls == [("acme/tiny", "model.safetensors", hub.commit("models/acme/tiny"))]
+    assert progress.done == progress.total

@@ -63,7 +63,7 @@ def generate(
 
 @click.command("eval")
 @click.argument("run_or_adapter_or_model")
-@click.option("--data", required=True, metavar="FILE", help="JSON or JSONL.")
+@click.option("--data", required=True, metavar="FILE", help="As data.path in a recipe.")
 @click.option(
     "--format", "form", default="messages", show_default=True, help="The data set format."
 )

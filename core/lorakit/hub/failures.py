@@ -65,7 +65,6 @@ def _of_the_machine(error: Exception, hub_id: HubId) -> UserError | None:
     from huggingface_hub import constants, errors
 
     where = f"{hub_id.key}: {hub_id}"
-    names = {base.__name__ for base in type(error).__mro__}
     found = None
     if isinstance(error, errors.OfflineModeIsEnabled):
         found = UserError(
@@ -75,7 +74,7 @@ def _of_the_machine(error: Exception, hub_id: HubId) -> UserError | None:
         )
     elif isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         found = disk_full(where)
-    elif names & _CONNECTION_ERRORS or isinstance(error, errors.LocalEntryNotFoundError):
+    elif is_connection_error(error) or isinstance(error, errors.LocalEntryNotFoundError):
         found = UserError(
             f"{where}: no connection to {constants.ENDPOINT} ({_short(error)}){_not_here(hub_id)}",
             "Check the network, and HF_ENDPOINT if it is set; run it again, and it goes on with "
@@ -87,6 +86,11 @@ def _of_the_machine(error: Exception, hub_id: HubId) -> UserError | None:
             "Set HF_HOME to a directory that can be written to.",
         )
     return found
+
+
+def is_connection_error(error: Exception) -> bool:
+    """Whether the network failed, in whichever client library."""
+    return bool(_CONNECTION_ERRORS & {base.__name__ for base in type(error).__mro__})
 
 
 def disk_full(where: str, sizes: str = "") -> UserError:

@@ -19,6 +19,7 @@ from lorakit.protocols import Progress
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 # Room left over for what else writes to the disk.
 _SPARE_BYTES = 50_000_000
+_SECONDS_TO_ANSWER = 20.0
 
 
 @frozen
@@ -116,7 +117,11 @@ def _ask(hub_id: HubId) -> tuple[str, dict[str, int]]:
     from huggingface_hub import HfApi, constants
 
     info: Any = HfApi(endpoint=constants.ENDPOINT).repo_info(
-        hub_id.repo, repo_type=hub_id.kind, revision=hub_id.revision, files_metadata=True
+        hub_id.repo,
+        repo_type=hub_id.kind,
+        revision=hub_id.revision,
+        files_metadata=True,
+        timeout=_SECONDS_TO_ANSWER,
     )
     sizes = {file.rfilename: file.size or 0 for file in info.siblings or []}
     return str(info.sha), sizes

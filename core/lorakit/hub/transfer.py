@@ -20,10 +20,13 @@ from urllib.parse import urlsplit
 from attrs import define
 
 from lorakit.errors import UserError
+from lorakit.hub.failures import is_connection_error
 from lorakit.hub.ids import HubId
 from lorakit.protocols import ProgressTask
 
 SHA256_LENGTH = 64
+ATTEMPTS = 3
+"""How often a connection may break: huggingface_hub's versions differ in what they retry."""
 
 
 def download_file(hub_id: HubId, name: str, commit: str, folder: Path, task: ProgressTask) -> None:
@@ -79,18 +82,23 @@ def _download_by_http(
         headers.pop("authorization", None)
     partial = blob.with_name(f"{blob.name}.incomplete")
     with partial.open("ab") as file:
-        done = file.tell()
-        if found.size is not None and done > found.size:
-            done = file.truncate(0)
-        task.advance(done)
-        http_get(
-            found.location,
-            _Counted(file, task),  # type: ignore[arg-type]
-            resume_size=done,
-            headers=headers,
-            expected_size=found.size,
-            **_silent(http_get),
-        )
+        if found.size is not None and file.tell() > found.size:
+            file.seek(file.truncate(0))
+        task.advance(file.tell())
+        for attempts_left in reversed(range(ATTEMPTS)):
+            try:
+                http_get(
+                    found.location,
+                    _Counted(file, task),  # type: ignore[arg-type]
+                    resume_size=file.tell(),
+                    headers=headers,
+                    expected_size=found.size,
+                    **_silent(http_get),
+                )
+                break
+            except Exception as error:
+                if not attempts_left or not is_connection_error(error):
+                    raise
     if len(blob.name) == SHA256_LENGTH and _sha256(partial) != blob.name:
         partial.unlink()
         raise UserError(
@@ -155,17 +163,18 @@ def _silent(function: Any, task: ProgressTask | None = None) -> dict[str, Any]:
     """Arguments that keep a function of huggingface_hub from drawing a bar of its own, and, with
     a `task`, advance that instead.  The older versions among those supported lack them."""
     known = inspect.signature(function).parameters
-    bar = _Bar(task)
     if "tqdm_class" in known:
-        return {"tqdm_class": lambda *_, **__: bar}
-    return {"_tqdm_bar": bar} if "_tqdm_bar" in known else {}
+        return {"tqdm_class": type("_TaskBar", (_Bar,), {"task": task})}
+    return {"_tqdm_bar": _Bar()} if "_tqdm_bar" in known else {}
 
 
 class _Bar:
     """In a tqdm's place."""
 
-    def __init__(self, task: ProgressTask | None) -> None:
-        self.task = task
+    task: ProgressTask | None = None
+
+    def __init__(self, *_: object, **__: object) -> None:
+        pass
 
     def __enter__(self) -> _Bar:
         return self
@@ -176,6 +185,9 @@ class _Bar:
     def update(self, amount: float | None = 1) -> None:
         if self.task is not None and amount:
             self.task.advance(int(amount))
+
+    def update_transfer(self, amount: float | None = 1) -> None:
+        """What comes over the network, as against what is written: not counted a second time."""
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
