@@ -33,6 +33,7 @@ from lorakit.progress import TerminalProgress
 from lorakit.protocols import Progress
 from lorakit.records import DatasetFormat
 from lorakit.run_directory import ADAPTER, CHECKPOINTS, RECIPE
+from lorakit.weights.base import fetch_base
 
 
 @frozen
@@ -113,14 +114,23 @@ def _open_base_of(adapter: SavedAdapter, catalog: Catalog, progress: Progress) -
     named = str(adapter.config.get("base_model_name_or_path") or "")
     origin = str(adapter.origin.get("model", {}).get("path", ""))
     revision = adapter.config.get("revision")
-    pinned = f"{named}@{revision}" if named and revision else ""
+    here = Path(named).expanduser().exists()
+    pinned = f"{named}@{revision}" if named and revision and not here else named
     sources = catalog.all("model source")
-    for path in (pinned, named, origin):
+    reasons = []
+    for path in dict.fromkeys((pinned, origin)):
         if path and any(source.claims(path) for source in sources):
+            try:
+                fetch_base(path, catalog, progress)
+            except UserError as error:
+                reasons.append(error)
+                continue
             return open_base_model(path, catalog, progress)
+    why = f" ({reasons[0].message})" if reasons else ""
     raise UserError(
-        f"{adapter.path}: its base model {named or origin or '(not named)'} is not here",
-        "Put it there, or change base_model_name_or_path in adapter_config.json.",
+        f"{adapter.path}: its base model {named or origin or '(not named)'} is not here{why}",
+        (f"{reasons[0].fix} " if reasons else "")
+        + "Put it there, or change base_model_name_or_path in adapter_config.json.",
     )
 
 
