@@ -16,7 +16,7 @@ from lorakit.protocols import BaseCheckpoint, CausalLM, Precision, Progress
 from lorakit.recipes import Section
 from lorakit.records import ModelFamily
 from lorakit.weights.base import check_family, family_of, fetch_base, open_base
-from lorakit.weights.stream import check_tensors, stream_weights
+from lorakit.weights.stream import check_not_quantized, check_tensors, stream_weights
 
 
 @frozen
@@ -69,6 +69,7 @@ def open_base_model(
     else:
         record, options = family.record, family.options
         check_family(record, checkpoint.config, catalog)
+    check_not_quantized(checkpoint)
     model = build_on_meta(record, checkpoint.config, options)
     check_tensors(model, checkpoint)
     tokenizer = load_tokenizer(checkpoint.files(), str(checkpoint.path))

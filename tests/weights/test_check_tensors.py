@@ -15,7 +15,7 @@ from lorakit.catalog import load_catalog
 from lorakit.errors import UserError
 from lorakit.progress import SilentProgress
 from lorakit.weights.base import family_of, open_base
-from lorakit.weights.stream import check_tensors, stream_weights
+from lorakit.weights.stream import check_not_quantized, check_tensors, stream_weights
 
 
 def changed(source: Path, target: Path, change: dict[str, Any], **config: Any) -> Path:
@@ -32,6 +32,7 @@ def check(directory: Path) -> Any:
     catalog = load_catalog()
     opened = open_base(directory, catalog)
     family = family_of(opened.config, catalog, directory)
+    check_not_quantized(opened)
     model = build_on_meta(family, opened.config, family.options(path=str(directory)))
     check_tensors(model, opened)
     return model, opened

@@ -7,7 +7,7 @@ Resident memory peaks at the model as stored plus one tensor.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import cast
 
 import torch
@@ -32,11 +32,10 @@ def check_tensors(model: nn.Module, checkpoint: BaseCheckpoint) -> None:
     """Compares names, shapes and dtypes of checkpoint and model, from headers alone.
 
     Raises:
-        UserError: The checkpoint is quantized already; or one message with everything that is
-            missing, unexpected, of another shape, or of a dtype that a weight cannot have.
+        UserError: One message with everything that is missing, unexpected, of another shape, or
+            of a dtype that a weight cannot have.
     """
     stored = {n: s for shard in checkpoint.shards().values() for n, s in shard.items()}
-    _check_not_quantized(checkpoint, stored)
     wanted = _parameters(model)
     first = _first_names(model)
     there = {first.get(name, name) for name in stored}
@@ -64,8 +63,13 @@ def check_tensors(model: nn.Module, checkpoint: BaseCheckpoint) -> None:
         )
 
 
-def _check_not_quantized(checkpoint: BaseCheckpoint, stored: Iterable[str]) -> None:
-    """A quantized checkpoint would fail with a line for each of its tensors."""
+def check_not_quantized(checkpoint: BaseCheckpoint) -> None:
+    """Refuses a checkpoint that GPTQ, AWQ, bitsandbytes or the like has been over.
+
+    Raises:
+        UserError: It is quantized; `check_tensors` would have a line for each of its tensors.
+    """
+    stored = [name for shard in checkpoint.shards().values() for name in shard]
     settings = checkpoint.config.get("quantization_config")
     method = settings.get("quant_method", "unknown") if isinstance(settings, Mapping) else None
     marks = [name for name in stored if name.endswith(_QUANTIZED_ENDINGS)]
