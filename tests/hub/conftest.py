@@ -93,6 +93,10 @@ def handler_of(hub: Hub) -> type[BaseHTTPRequestHandler]:
 
         def do_GET(self) -> None:
             path = unquote(self.path.partition("?")[0]).lstrip("/")
+            if path.startswith("api/") and not path.startswith(("api/models/", "api/datasets/")):
+                # huggingface_hub's own questions, which are none of ours.
+                self.answer(404)
+                return
             hub.log.append(f"{self.command} {path}")
             hub.tokens.append(self.headers.get("Authorization"))
             if hub.busy:
@@ -205,6 +209,8 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
     monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
     monkeypatch.setattr(file_download, "HUGGINGFACE_CO_URL_TEMPLATE", template, raising=False)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", hub.cache)
+    harnesses = str(tmp_path / "hf" / "harnesses.json")
+    monkeypatch.setattr(constants, "AGENT_HARNESSES_PATH", harnesses, raising=False)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "hf" / "token"))
     yield hub
