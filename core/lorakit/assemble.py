@@ -86,9 +86,8 @@ class Run:
     @property
     def parameters(self) -> tuple[int, int]:
         """Trained parameters, and all."""
-        model = self.base.model
-        trained = sum(p.numel() for p in trainable_parameters(model))
-        return trained, sum(p.numel() for p in model.parameters())
+        trained = sum(p.numel() for p in trainable_parameters(self.base.model))
+        return trained, trained + self.base.parameters
 
     def snapshot_config(self) -> dict[str, Any]:
         """adapter_config.json."""

@@ -11,12 +11,19 @@ from torch import nn
 
 from lorakit.catalog import Catalog
 from lorakit.data.tokenizer import Tokenizer, load_tokenizer
+from lorakit.errors import UserError
 from lorakit.modules.narrow import compute_in
 from lorakit.protocols import BaseCheckpoint, CausalLM, Precision, Progress
 from lorakit.recipes import Section
 from lorakit.records import ModelFamily
 from lorakit.weights.base import check_family, family_of, fetch_base, open_base
-from lorakit.weights.stream import check_not_quantized, check_tensors, stream_weights
+from lorakit.weights.stream import (
+    HEAD,
+    check_not_quantized,
+    check_tensors,
+    linear_names,
+    stream_weights,
+)
 
 
 @frozen
@@ -28,12 +35,14 @@ class BaseModel:
         family: Builds the model.
         model: On the meta device at first.
         tokenizer: Its tokenizer.
+        parameters: How many numbers its weights are, however they will be stored.
     """
 
     checkpoint: BaseCheckpoint
     family: ModelFamily
     model: nn.Module
     tokenizer: Tokenizer
+    parameters: int
 
     @property
     def path(self) -> Path:
@@ -73,7 +82,8 @@ def open_base_model(
     model = build_on_meta(record, checkpoint.config, options)
     check_tensors(model, checkpoint)
     tokenizer = load_tokenizer(checkpoint.files(), str(checkpoint.path))
-    return BaseModel(checkpoint, record, model, tokenizer)
+    parameters = sum(p.numel() for p in model.parameters())
+    return BaseModel(checkpoint, record, model, tokenizer, parameters)
 
 
 def build_on_meta(family: ModelFamily, config: Any, options: Any) -> nn.Module:
@@ -91,10 +101,20 @@ def load_weights(
     quantization: Section | None = None,
 ) -> None:
     """Streams the weights into the model, frozen, quantized as they arrive.  Those that are
-    stored in another dtype than they are computed with are widened where they are used."""
+    stored in another dtype than they are computed with are widened where they are used.
+
+    Raises:
+        UserError: The model has nothing to quantize, or a weight cannot be.
+    """
     quantize = None
     if quantization is not None:
         record, options = quantization.record, quantization.options
+        if linear_names(base.model) == [HEAD]:
+            raise UserError(
+                f"quantization: {base.path} has no linear layer but its head, which is never "
+                "quantized",
+                "Leave [quantization] out of the recipe.",
+            )
 
         def quantize(linear: nn.Linear, weight: torch.Tensor) -> nn.Module:
             module: nn.Module = record.quantize(linear, weight, options, precision.compute)
@@ -107,7 +127,7 @@ def load_weights(
         dtype=precision.storage,
         progress=progress,
         quantize=quantize,
-        kept_linears=frozenset({"lm_head"}),
+        kept_linears=frozenset({HEAD}),
     )
     compute_in(base.model, precision.compute)
 
@@ -118,8 +138,6 @@ def resolve_device(name: str) -> torch.device:
     Raises:
         UserError: This machine has no such device.
     """
-    from lorakit.errors import UserError
-
     if name == "auto":
         if torch.cuda.is_available():
             return torch.device("cuda")

@@ -56,13 +56,20 @@ def restore_generators(states: Mapping[str, Tensor], device: torch.device) -> No
 
 
 def flatten_optimizer(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """An optimizer's state as tensors by dotted key, and the rest as JSON values."""
+    """An optimizer's state as tensors by dotted key, and the rest as JSON values.
+
+    A tensor that several parameters share (a table of levels) is there once: files of
+    safetensors hold no memory twice.
+    """
     tensors: dict[str, Tensor] = {}
+    keys: dict[tuple[Any, ...], str] = {}
 
     def plain(value: Any, key: str) -> Any:
         if isinstance(value, Tensor):
-            tensors[key] = value.detach()
-            return {"tensor": key}
+            same = (value.data_ptr() or key, value.shape, value.stride(), value.dtype)
+            first = keys.setdefault(same, key)
+            tensors[first] = value.detach()
+            return {"tensor": first}
         if isinstance(value, Mapping):
             return {"table": {str(k): plain(v, f"{key}.{k}") for k, v in value.items()}}
         if isinstance(value, (list, tuple)):
@@ -83,8 +90,9 @@ def unflatten_optimizer(
         if kind == "tensor":
             return tensors[value]
         if kind == "table":
-            # Optimizers key the outer table by the parameter's number.
-            return {int(k) if k.isdigit() else k: value_of(v) for k, v in value.items()}
+            # Optimizers key the outer table by the parameter's number; JSON sorts 10 before 2.
+            entries = sorted(value.items(), key=lambda entry: (len(entry[0]), entry[0]))
+            return {int(k) if k.isdigit() else k: value_of(v) for k, v in entries}
         if kind == "list":
             return [value_of(v) for v in value]
         return value

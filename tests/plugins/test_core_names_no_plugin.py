@@ -22,6 +22,8 @@ KINDS = ("model family", "adapter", "optimizer", "quantization", "logger")
 # `TerminalProgress` is core's own.  They may stand in prose with other words around them, but
 # not alone, as a name looked up would.
 WORDS_OF_PROSE = ("disk", "terminal")
+# torch's name of a dtype before it is anybody's name of a scheme.
+DTYPES = ("int8",)
 
 
 def offered_names() -> set[str]:
@@ -33,7 +35,7 @@ def offered_names() -> set[str]:
             kind, _, name = offer.partition(": ")
             if kind in KINDS:
                 names.add(name)
-    return names
+    return names - set(DTYPES)
 
 
 def plugin_modules() -> set[str]:

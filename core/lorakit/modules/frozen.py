@@ -75,8 +75,7 @@ def materialized(layer: StoredLinear, like: Tensor) -> Tensor:
     checkpointing keep to; it is not for two threads that run models at once, or two CUDA
     streams.  A caller that needs W for longer takes `layer.dequantize()`.
     """
-    if torch.compiler.is_compiling() or like.is_meta or isinstance(like, FakeTensor):
-        # A compiler plans memory itself, and what has no memory needs no buffer.
+    if not has_memory(like):
         return layer.dequantize().to(like.dtype)
     key = (like.device, like.dtype)
     size = layer.out_features * layer.in_features
@@ -88,6 +87,12 @@ def materialized(layer: StoredLinear, like: Tensor) -> Tensor:
         with torch.inference_mode(False):
             _buffers[key] = buffer = torch.empty(size, device=like.device, dtype=like.dtype)
     return layer.dequantize(buffer[:size].view(layer.out_features, layer.in_features))
+
+
+def has_memory(tensor: Tensor) -> bool:
+    """Whether the tensor's values are there to be worked on piece by piece: not on the meta
+    device, not fake, and not under a compiler, which plans memory itself."""
+    return not (torch.compiler.is_compiling() or tensor.is_meta or isinstance(tensor, FakeTensor))
 
 
 def release_buffers() -> None:

@@ -26,6 +26,8 @@ _QUANTIZED_ENDINGS = (
 )
 
 Quantize = Callable[[nn.Linear, Tensor], nn.Module]
+HEAD = "lm_head"
+"""The output projection, which stays as stored when the linear layers are quantized."""
 
 
 def check_tensors(model: nn.Module, checkpoint: BaseCheckpoint) -> None:
@@ -129,7 +131,8 @@ def stream_weights(
                 and owner not in kept_linears
             ):
                 # Cast first: the scheme must not see a wider copy than would be stored.
-                _set(model, owner, quantize(linear, tensor.to(device=device, dtype=dtype)))
+                weight = tensor.to(device=device, dtype=dtype)
+                _set(model, owner, _quantized(quantize, linear, weight, name))
             else:
                 # Copied even where it could stay in the file's map: a file that is written over
                 # while a model trains on it must not change the model.
@@ -138,6 +141,13 @@ def stream_weights(
                 for full in [name, *aliases.get(name, [])]:
                     _set(model, full, parameter)
             task.advance()
+
+
+def _quantized(quantize: Quantize, linear: nn.Linear, weight: Tensor, name: str) -> nn.Module:
+    try:
+        return quantize(linear, weight)
+    except UserError as error:
+        raise UserError(f"{name}: {error.message}", error.fix) from None
 
 
 def _set(model: nn.Module, name: str, value: nn.Module | nn.Parameter) -> None:
@@ -175,7 +185,7 @@ def linear_names(model: nn.Module) -> list[str]:
     """Dotted names of all linear layers, quantized ones too, the output head last."""
     head = cast(nn.Module, model.lm_head)
     names = [n for n, m in model.named_modules() if _is_linear(m) and m is not head]
-    return [*names, "lm_head"]
+    return [*names, HEAD]
 
 
 def _is_linear(module: nn.Module) -> bool:
