@@ -45,6 +45,7 @@ from lorakit.run_directory import (
 from lorakit.runtime import tune_process
 from lorakit.samples import Samples
 from lorakit.schedule import lr_factor
+from lorakit.serving import serving_advice
 from lorakit.state import (
     TrainState,
     flatten_optimizer,
@@ -95,6 +96,18 @@ class Run:
         name, revision = base_name(path, self.base.path, self.recipe.catalog)
         return adapter_config(
             adapter.record, adapter.options, self.adapted, name, revision=revision
+        )
+
+    def serving_advice(self) -> str:
+        """See `lorakit.serving`."""
+        adapter, path = self.recipe.adapter, self.recipe.model.options.path
+        return serving_advice(
+            adapter.record,
+            adapter.options,
+            self.adapted,
+            base=self.base.checkpoint,
+            base_name=base_name(path, self.base.path, self.recipe.catalog)[0],
+            adapter=self.recipe.output / ADAPTER,
         )
 
 
@@ -369,6 +382,7 @@ def _summary(run: Run, state: TrainState) -> str:
         lines.append(f"  merged model:    {output / MERGED}")
     else:
         lines.append(f"  merge it:        lorakit merge {output} --output {output / MERGED}")
+    lines.append(f"  serve with vLLM: {run.serving_advice()}")
     question = run.recipe.samples.prompts[0] if run.recipe.samples.prompts else "..."
     lines.append(f"  ask it yourself: lorakit generate {output} --prompt {json.dumps(question)}")
     return "\n".join(lines)

@@ -52,6 +52,22 @@ class CausalLM(Protocol):
         ...
 
 
+# ---------------------------------------------------------------- adapters
+
+
+@frozen
+class Serving:
+    """Whether vLLM serves an adapter beside its base model, without merging.
+
+    Attributes:
+        flags: What its command line needs, beyond `--enable-lora`.
+        refused: Why it does not, a sentence each; empty if it does.
+    """
+
+    flags: tuple[str, ...] = ()
+    refused: tuple[str, ...] = ()
+
+
 # ---------------------------------------------------------------- base checkpoints
 
 

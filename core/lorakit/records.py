@@ -29,6 +29,7 @@ if TYPE_CHECKING:
         Logger,
         Precision,
         Progress,
+        Serving,
         SnapshotStore,
     )
 
@@ -82,6 +83,8 @@ class AdapterMethod(Offer):
             setting it cannot honour.
         merge: `merge(weight, tensors, options, name)` returns the weight `[out, in]` with the
             adapter folded in, in fp32; `tensors` are the adapter's for that linear.
+        serving: `serving(options, names)` says whether vLLM serves such an adapter on those
+            layers as it is; None where that is not known.
     """
 
     peft_type: str
@@ -91,6 +94,7 @@ class AdapterMethod(Offer):
     to_config: Callable[[Any, Sequence[str]], dict[str, Any]]
     from_config: Callable[[Mapping[str, Any]], Any]
     merge: Callable[[torch.Tensor, Mapping[str, torch.Tensor], Any, str], torch.Tensor]
+    serving: Callable[[Any, Sequence[str]], Serving] | None = None
 
 
 @frozen(kw_only=True)

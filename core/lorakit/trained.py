@@ -33,6 +33,7 @@ from lorakit.progress import TerminalProgress
 from lorakit.protocols import Progress
 from lorakit.records import DatasetFormat
 from lorakit.run_directory import ADAPTER, CHECKPOINTS, RECIPE
+from lorakit.serving import serving_advice
 from lorakit.weights.base import fetch_base
 
 
@@ -136,7 +137,7 @@ def _open_base_of(adapter: SavedAdapter, catalog: Catalog, progress: Progress) -
 
 def _tokenizer_of(adapter: SavedAdapter, base: BaseModel) -> Tokenizer:
     """The one saved with the adapter; for a checkpoint, the base's with the run's template."""
-    if (adapter.path / "tokenizer.json").is_file():
+    if (adapter.path / "tokenizer.json").is_file() or any(adapter.path.glob("tokenizer.model*")):
         # Not the adapter's own: beside merged weights, readers would apply it once more.
         names = [p for p in adapter.path.iterdir() if p.name.startswith(TOKENIZER_FILES)]
         files = {p.name: p.read_bytes() for p in names if p.is_file()}
@@ -148,14 +149,51 @@ def _tokenizer_of(adapter: SavedAdapter, base: BaseModel) -> Tokenizer:
     return base.tokenizer
 
 
-def merge_trained(path: str, output: Path) -> None:
-    """`lorakit merge`.
+@frozen
+class Mergeable:
+    """An adapter with its base, whose weights are on disk, found to fit each other.
+
+    Attributes:
+        adapter: As read.
+        base: Its model is on the meta device, with the adapter on.
+        names: The adapted layers.
+    """
+
+    adapter: SavedAdapter
+    base: BaseModel
+    names: list[str]
+
+    def serving_advice(self) -> str:
+        """See `lorakit.serving`."""
+        return serving_advice(
+            self.adapter.method,
+            self.adapter.options,
+            self.names,
+            base=self.base.checkpoint,
+            base_name=str(self.adapter.config.get("base_model_name_or_path") or self.base.path),
+            adapter=self.adapter.path,
+        )
+
+    def merge(self, output: Path, progress: Progress) -> None:
+        """See `lorakit.merging`."""
+        merge_adapter(
+            self.base.checkpoint,
+            self.adapter.method,
+            self.adapter.options,
+            self.adapter.tensors,
+            output,
+            files=_tokenizer_of(self.adapter, self.base).files,
+            progress=progress,
+        )
+
+
+def open_mergeable(path: str, progress: Progress) -> Mergeable:
+    """Opens a run or an adapter to be merged.
 
     Raises:
-        UserError: `path` is no run or adapter, or the output is taken.
+        UserError: `path` is no run or adapter, or its base is not here, or does not fit it.
     """
     catalog = load_catalog()
-    progress = TerminalProgress()
     directory = find_adapter(Path(path).expanduser())
     if directory is None:
         raise UserError(
@@ -168,15 +206,18 @@ def merge_trained(path: str, output: Path) -> None:
     names = apply_adapter(base.model, adapter.method, adapter.options, torch.float32)
     check_copies(adapter, base.checkpoint)
     check_adapter_tensors(base.model, names, adapter.flat, adapter.path)
-    merge_adapter(
-        base.checkpoint,
-        adapter.method,
-        adapter.options,
-        adapter.tensors,
-        output,
-        files=_tokenizer_of(adapter, base).files,
-        progress=progress,
-    )
+    return Mergeable(adapter, base, names)
+
+
+def merge_trained(path: str, output: Path) -> None:
+    """Merges a run or an adapter.
+
+    Raises:
+        UserError: See `open_mergeable`; or the output is taken.
+        RunError: The merged model could not be written.
+    """
+    progress = TerminalProgress()
+    open_mergeable(path, progress).merge(output, progress)
 
 
 @torch.no_grad()

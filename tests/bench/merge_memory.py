@@ -13,11 +13,9 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -33,6 +31,13 @@ from lorakit.weights.shard_writer import ShardWriter, stored_bytes
 from lorakit.weights.stream import linear_names
 
 CATALOG = load_catalog()
+LAUNCHER = """
+import resource, subprocess, sys, time
+started = time.perf_counter()
+subprocess.run(sys.argv[1:], check=True, stdout=subprocess.DEVNULL)
+peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
+print(peak, time.perf_counter() - started)
+"""
 INTERPRETER = "import torch, lorakit.trained; from safetensors import safe_open"
 
 
@@ -100,15 +105,14 @@ def make_adapter(directory: Path, base: Path, rank: int = 16) -> None:
 
 
 def peak_of(command: Sequence[str]) -> tuple[int, float]:
-    """Largest resident size in bytes, and seconds, of a process that has to end well."""
-    started = time.perf_counter()
-    child = subprocess.Popen(command, stdout=subprocess.DEVNULL)
-    _, status, usage = os.wait4(child.pid, 0)
-    child.returncode = os.waitstatus_to_exitcode(status)
-    if child.returncode:
-        raise SystemExit(f"{' '.join(command)}: exit status {child.returncode}")
-    scale = 1 if sys.platform == "darwin" else 1024
-    return usage.ru_maxrss * scale, time.perf_counter() - started
+    """Largest resident size in bytes, and seconds, of a process that has to end well.
+
+    A small process starts it: the kernel counts what its parent had before the exec as well.
+    """
+    launched = [sys.executable, "-c", LAUNCHER, *command]
+    done = subprocess.run(launched, check=True, stdout=subprocess.PIPE, text=True)
+    peak, seconds = done.stdout.split()
+    return int(peak) * (1 if sys.platform == "darwin" else 1024), float(seconds)
 
 
 def measure(base: Path, folder: Path) -> dict[str, float]:

@@ -174,12 +174,12 @@ def test_what_is_no_run(command: str, cli: Cli, tmp_path: Path) -> None:
 def test_an_adapter_whose_base_is_gone(run: Path, cli: Cli) -> None:
     config = run / ADAPTER / "adapter_config.json"
     table = json.loads(config.read_text())
-    config.write_text(json.dumps({**table, "base_model_name_or_path": "gone/away"}))
+    config.write_text(json.dumps({**table, "base_model_name_or_path": "/gone/away"}))
     own = run / ADAPTER / "lorakit.json"
-    own.write_text(json.dumps({"model": {"path": "gone/too"}}))
+    own.write_text(json.dumps({"model": {"path": "/gone/too"}}))
     done = cli("generate", run, "--prompt", "x")
     assert done.status == 2
-    assert "its base model gone/away is not here" in done.err
+    assert "its base model /gone/away is not here" in done.err
     assert "base_model_name_or_path" in done.err
 
 

@@ -8,6 +8,7 @@ from lorakit.builtin import (
     hub,
     loggers,
     lora,
+    lora_serving,
     meta_directory,
     optimizers,
     precisions,
@@ -43,6 +44,7 @@ def lorakit_adapters() -> list[AdapterMethod]:
             to_config=lora.to_config,
             from_config=lora.from_config,
             merge=lora.merge,
+            serving=lora_serving.serving,
         )
     ]
 

@@ -9,15 +9,23 @@ import click
 
 @click.command()
 @click.argument("run_or_adapter")
-@click.option("--output", required=True, metavar="DIR", help="Where the model directory goes.")
-def merge(run_or_adapter: str, output: str) -> None:
+@click.option("--output", metavar="DIR", help="Where the model directory goes.")
+@click.option("--check", is_flag=True, help="Only say whether vLLM serves the adapter unmerged.")
+def merge(run_or_adapter: str, output: str | None, check: bool) -> None:
     """Fold an adapter into its base weights, as a Hugging Face model directory."""
+    if output is None and not check:
+        raise click.UsageError("Missing option '--output'.")
     from pathlib import Path
 
-    from lorakit.trained import merge_trained
+    from lorakit.progress import TerminalProgress
+    from lorakit.trained import open_mergeable
 
-    merge_trained(run_or_adapter, Path(output))
-    click.echo(f"wrote {output}")
+    progress = TerminalProgress()
+    opened = open_mergeable(run_or_adapter, progress)
+    click.echo(f"serve with vLLM: {opened.serving_advice()}")
+    if output is not None and not check:
+        opened.merge(Path(output), progress)
+        click.echo(f"wrote {output}")
 
 
 @click.command()

@@ -8,7 +8,8 @@ from pathlib import Path
 
 from lorakit.atomic import write_bytes
 from lorakit.protocols import BaseCheckpoint, TensorSpec
-from lorakit.weights.shard_writer import DTYPES, stored_bytes
+from lorakit.weights.dtypes import torch_dtype
+from lorakit.weights.shard_writer import stored_bytes
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -31,7 +32,7 @@ def plan_shards(base: BaseCheckpoint, largest: int = LARGEST_SHARD) -> Plan:
     filled: list[dict[str, TensorSpec]] = [{}]
     size = 0
     for name, stored in ((n, s) for specs in shards.values() for n, s in specs.items()):
-        spec = TensorSpec(stored.shape, stored.dtype if stored.dtype in DTYPES else "F32")
+        spec = TensorSpec(stored.shape, stored.dtype if torch_dtype(stored.dtype) else "F32")
         if filled[-1] and size + stored_bytes(spec) > largest:
             filled.append({})
             size = 0

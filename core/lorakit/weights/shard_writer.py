@@ -19,27 +19,19 @@ import torch
 from torch import Tensor
 
 from lorakit.protocols import TensorSpec
-
-DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
-"""The format's dtype names."""
+from lorakit.weights.dtypes import torch_dtype
 
 
 def stored_bytes(spec: TensorSpec) -> int:
-    """A tensor's size in the file; its dtype is one of `DTYPES`."""
-    return prod(spec.shape) * DTYPES[spec.dtype].itemsize
+    """A tensor's size in the file; its dtype is one that torch has too."""
+    return prod(spec.shape) * _dtype(spec).itemsize
+
+
+def _dtype(spec: TensorSpec) -> torch.dtype:
+    found = torch_dtype(spec.dtype)
+    if found is None:
+        raise ValueError(f"no dtype of torch's: {spec.dtype}")
+    return found
 
 
 class ShardWriter:
@@ -50,7 +42,7 @@ class ShardWriter:
 
     Args:
         path: The file, made anew.
-        specs: All its tensors, their dtypes among `DTYPES`.
+        specs: All its tensors, of dtypes that torch has.
         metadata: The header's `__metadata__`.
     """
 
@@ -61,7 +53,7 @@ class ShardWriter:
         self._starts: dict[str, int] = {}
         header: dict[str, object] = {"__metadata__": dict(metadata)}
         end = 0
-        for name in sorted(specs, key=lambda n: -DTYPES[specs[n].dtype].itemsize):
+        for name in sorted(specs, key=lambda n: -_dtype(specs[n]).itemsize):
             spec, start = specs[name], end
             end = start + stored_bytes(spec)
             self._starts[name] = start
@@ -87,7 +79,7 @@ class ShardWriter:
         if tuple(tensor.shape) != spec.shape or name not in self._missing:
             raise ValueError(f"{name} {list(tensor.shape)} is not {list(spec.shape)}, or not new")
         self._missing.remove(name)
-        flat = tensor.detach().to(DTYPES[spec.dtype]).contiguous().reshape(-1)
+        flat = tensor.detach().to(_dtype(spec)).contiguous().reshape(-1)
         self._file.seek(self._data + self._starts[name])
         self._file.write(flat.view(torch.uint8).numpy().data)
 
