@@ -249,3 +249,29 @@ def test_an_output_that_cannot_be_made_is_one_message(adapter, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(RunError, match="could not be written"):
         merge_trained(str(adapter), tmp_path / "file" / "out")
+
+
+def test_pickled_shards_become_safetensors(make_checkpoint, tmp_path):
+    source = make_checkpoint(tie_word_embeddings=False)
+    base = tmp_path / "base"
+    shutil.copytree(source, base)
+    (base / "model.safetensors").unlink()
+    (base / "LICENSE").write_text("be kind")
+    tensors = load_file(source / "model.safetensors")
+    names = sorted(tensors)
+    weight_map = {}
+    for number, part in enumerate((names[::2], names[1::2]), 1):
+        file = f"pytorch_model-{number:05d}-of-00002.bin"
+        torch.save({name: tensors[name] for name in part}, base / file)
+        weight_map |= dict.fromkeys(part, file)
+    (base / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    merged = tmp_path / "merged"
+    fold(open_base(base, load_catalog()), merged)
+    kept = {p.name for p in source.iterdir()} | {"LICENSE"}
+    assert {p.name for p in merged.iterdir()} == kept
+    fold(open_base(source, load_catalog()), tmp_path / "expected")
+    expected = load_file(tmp_path / "expected" / "model.safetensors")
+    found = load_file(merged / "model.safetensors")
+    assert found.keys() == expected.keys()
+    assert all(found[name].equal(tensor) for name, tensor in expected.items())
+    AutoModelForCausalLM.from_pretrained(merged)
