@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ from torch.nn.functional import cross_entropy
 
 from lorakit.generation import generate_ids
 from lorakit.modules import Layout
+from lorakit.weights.base import family_of
 
 IDS = [5, 60, 17, 17, 41, 9, 63, 0, 44, 20, 37, 26, 3, 31, 12, 60, 33, 34, 35, 11, 8, 2, 50, 1]
 SIZES = {
@@ -291,6 +293,15 @@ def test_documents_in_one_layout_equal_documents_one_by_one(family, case, build_
         torch.testing.assert_close(part, logits_of(pair.model, document), atol=1e-5, rtol=0)
         expected = reference_logits(pair.reference, document)
         torch.testing.assert_close(part, expected, atol=1e-4, rtol=0)
+
+
+@typical
+def test_every_model_type_conforms(family, case):
+    from lorakit.catalog import load_catalog
+    from lorakit.testing import check_model_family
+
+    config = config_of(family, case)
+    check_model_family(family_of(config, load_catalog(), Path("config.json")), config)
 
 
 @pytest.mark.parametrize("prompt", [5, 20])

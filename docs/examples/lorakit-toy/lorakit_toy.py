@@ -60,6 +60,8 @@ def build(config: Mapping[str, Any], options: ModelOptions) -> Any:
         )
         for layer in range(c.integer("num_hidden_layers"))
     ]
+    # Whatever else config.json says may change what the model computes.
+    c.refuse_unread()
     decoder = Decoder(vocabulary=vocabulary, dim=dim, blocks=blocks, norm=RMSNorm(dim, eps))
     return CausalDecoder(decoder, vocabulary=vocabulary, dim=dim, tied=False)
 
