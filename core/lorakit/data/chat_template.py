@@ -9,72 +9,15 @@ The environment is the one transformers documents for chat templates
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Mapping, Sequence
 from datetime import datetime
-from functools import cache, lru_cache
-from importlib import resources
-from typing import TYPE_CHECKING, Any
+from functools import lru_cache
+from typing import Any
 
-from lorakit.errors import UserError, did_you_mean, listing
 from lorakit.protocols import Message
 
-if TYPE_CHECKING:
-    from tokenizers import Tokenizer
-
-AUTO = "auto"
-# Not `<SYS>` within `<<SYS>>`, which is text.
-_MARKER = re.compile(r"(?<!<)<\|?\w+\|?>(?!>)")
 _A_TEMPLATE_MAY_RAISE = (TypeError, AttributeError, LookupError, ValueError, ArithmeticError)
 _REASONING = ("reasoning_content", "thinking", "reasoning")
-
-
-@cache
-def built_in_names() -> tuple[str, ...]:
-    """The formats for models without a template of their own, by `data.chat_template`."""
-    files = resources.files("lorakit").joinpath("chat_templates").iterdir()
-    return tuple(sorted(f.name.removesuffix(".jinja") for f in files if f.name.endswith(".jinja")))
-
-
-def built_in(name: str) -> str:
-    """The jinja text of a built-in format.
-
-    Raises:
-        UserError: There is none of that name.
-    """
-    known = [AUTO, *built_in_names()]
-    if name == AUTO or name not in known:
-        raise UserError(
-            f"data.chat_template: no built-in format {name!r}{did_you_mean(name, known)} "
-            f"(known: {listing(known)})"
-        )
-    file = resources.files("lorakit").joinpath("chat_templates") / f"{name}.jinja"
-    return file.read_text(encoding="utf-8")
-
-
-def check_markers(name: str, template: str, backend: Tokenizer) -> None:
-    """Raises `UserError` if a format's markers are no tokens of the vocabulary.
-
-    Cut into pieces, the marker that ends a turn would be many tokens, none of which can stop
-    generation.
-    """
-    if missing := _missing_markers(template, backend):
-        raise UserError(
-            f"data.chat_template: the format {name!r} is built on {listing(missing)}, which the "
-            "model's tokenizer does not have as tokens",
-            f"These formats fit it: {listing(fitting(backend))}.",
-        )
-
-
-def fitting(backend: Tokenizer) -> list[str]:
-    """The built-in formats all of whose markers are tokens of the vocabulary."""
-    return [n for n in built_in_names() if not _missing_markers(built_in(n), backend)]
-
-
-def _missing_markers(template: str, backend: Tokenizer) -> list[str]:
-    without_comments = re.sub(r"{#.*?#}", "", template, flags=re.DOTALL)
-    markers = dict.fromkeys(_MARKER.findall(without_comments))
-    return [m for m in markers if backend.token_to_id(m) is None]
 
 
 class _Tracker:

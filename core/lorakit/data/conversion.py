@@ -85,9 +85,11 @@ def text_of(token: Any) -> str:
 
 
 def _source(files: Mapping[str, bytes]) -> str | None:
-    if MODEL in files:
-        return MODEL
-    return next((name for name in sorted(files) if name.endswith(".tiktoken")), None)
+    """`tokenizer.model`, else one with a version behind it (`tokenizer.model.v3`) or a `.tiktoken`
+    file."""
+    names = sorted(files)
+    models = [n for n in names if n == MODEL or n.startswith(f"{MODEL}.")]
+    return next(iter([*models, *(n for n in names if n.endswith(".tiktoken"))]), None)
 
 
 def _added_tokens(files: Mapping[str, bytes], config: Mapping[str, Any]) -> dict[int, AddedToken]:

@@ -10,7 +10,8 @@ from typing import Any
 import tokenizers
 from attrs import define, evolve, field
 
-from lorakit.data import chat_template
+from lorakit.data.chat_format import AUTO, fitting, format_for
+from lorakit.data.chat_template import render
 from lorakit.data.conversion import JSON, add_bos_to_texts, text_of, with_tokenizer_json
 from lorakit.data.special_tokens import padding_token, turn_end
 from lorakit.errors import UserError, listing
@@ -97,12 +98,12 @@ class Tokenizer:
     ) -> tuple[str, list[tuple[int, int]]]:
         """As `render`, with the spans of characters that the template marks as generated."""
         if self.template is None:
-            fitting = chat_template.fitting(self.backend)
+            known = listing(fitting(self.backend))
             raise UserError(
                 "data.chat_template: the model's tokenizer has no chat template of its own",
-                f"Set it to {listing(fitting)}; see docs/how-to/chat-templates.md.",
+                f"Set it to one of {known} (docs/how-to/chat-templates.md).",
             )
-        return chat_template.render(
+        return render(
             self.template,
             messages,
             add_generation_prompt=add_generation_prompt,
@@ -118,13 +119,11 @@ class Tokenizer:
         Raises:
             UserError: There is no such format, or the tokenizer lacks a token of it.
         """
-        if name == "auto":
+        if name == AUTO:
             return self
-        text = chat_template.built_in(name)
-        chat_template.check_markers(name, text, self.backend)
-        if not self.prefix:
-            # Texts of this tokenizer do not start with BOS, so chats do not either.
-            text = "{%- set bos_token = '' -%}" + text
+        text = format_for(
+            name, self.backend, self.special_tokens, starts_with_bos=bool(self.prefix)
+        )
         files = {k: v for k, v in self.files.items() if k != JINJA}
         files[CONFIG] = _edited(files, CONFIG, {"chat_template": text})
         return _complete(evolve(self, template=text, files=files))

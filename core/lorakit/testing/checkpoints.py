@@ -12,7 +12,7 @@ from attrs import define, field
 from torch import Tensor, nn
 
 from lorakit.base_model import build_on_meta
-from lorakit.data.chat_template import built_in
+from lorakit.data.chat_format import built_in
 from lorakit.progress import SilentProgress
 from lorakit.protocols import TensorSpec
 from lorakit.records import ModelFamily
