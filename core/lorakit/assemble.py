@@ -30,6 +30,7 @@ from lorakit.interrupts import stop_on_signals
 from lorakit.logs import LoggerGroup
 from lorakit.loop import Limits, Result, train, trainable_parameters
 from lorakit.merging import merge_adapter
+from lorakit.modules.low_rank import set_fused
 from lorakit.offloading import offload_to_host
 from lorakit.optimizer import build_optimizer
 from lorakit.progress import TerminalProgress
@@ -195,6 +196,7 @@ def assemble(recipe: Recipe, progress: Progress, *, weights: bool = True) -> Run
     offload = offload_to_host(device) if training.activation_offloading else None
     if training.activation_checkpointing:
         checkpoint_blocks(base.causal_lm, offload)
+    set_fused(training.fused)
     if training.compile:
         compile_blocks(base.causal_lm)
     plan = BatchPlan(
@@ -216,7 +218,8 @@ def assemble(recipe: Recipe, progress: Progress, *, weights: bool = True) -> Run
     if recipe.schedule.warmup_steps >= total:
         notices.append(
             f"schedule.warmup_steps: {recipe.schedule.warmup_steps} is not less than the run's "
-            f"{total} steps; the learning rate never reaches its peak"
+            f"{total} steps; the learning rate never reaches its peak. schedule.warmup_ratio "
+            "follows the run's length."
         )
     return Run(recipe, device, precision, base, tokenizer, adapted, dataset, plan, total, notices)
 

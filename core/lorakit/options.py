@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import attrs
 from attrs import field, frozen
-from attrs.validators import ge, gt, in_, le, min_len
+from attrs.validators import ge, gt, in_, le, lt, min_len
 
 
 @frozen(kw_only=True)
@@ -93,10 +93,21 @@ class ScheduleOptions:
     Attributes:
         name: `constant`, `linear` (to 0) or `cosine` (to 0), all after a linear warm-up.
         warmup_steps: Length of the warm-up; the first step is at lr/warmup_steps, not 0.
+        warmup_ratio: Its length as a share of the run's steps instead, so that a short run is
+            not over before its warm-up is.
     """
 
     name: str = field(default="cosine", validator=in_(("constant", "linear", "cosine")))
     warmup_steps: int = field(default=0, validator=ge(0))
+    warmup_ratio: float = field(default=0.0, validator=[ge(0.0), lt(1.0)])
+
+    def __attrs_post_init__(self) -> None:
+        if self.warmup_steps and self.warmup_ratio:
+            raise ValueError("set warmup_steps or warmup_ratio, not both")
+
+    def warmup(self, total_steps: int) -> int:
+        """The warm-up's length in steps; a ratio is rounded down."""
+        return self.warmup_steps or int(self.warmup_ratio * total_steps)
 
 
 @frozen(kw_only=True)
@@ -114,6 +125,8 @@ class TrainingOptions:
         activation_offloading: Move those inputs to host memory until the backward pass needs
             them.  On CUDA; elsewhere they are there already.
         compile: Run each block through torch.compile.
+        fused: Hand-written backward passes that keep little; false computes the same by plain
+            autograd, with about twice the memory for activations.
     """
 
     epochs: int = field(default=1, validator=ge(1))
@@ -124,6 +137,7 @@ class TrainingOptions:
     activation_checkpointing: bool = False
     activation_offloading: bool = field(default=False)
     compile: bool = False
+    fused: bool = True
 
     @activation_offloading.validator
     def _offloads_what_checkpointing_keeps(self, _: attrs.Attribute[bool], value: bool) -> None:

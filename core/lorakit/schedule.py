@@ -23,11 +23,11 @@ def lr_factor(step: int, total_steps: int, options: ScheduleOptions) -> float:
         options: The schedule.
 
     Returns:
-        (step + 1)/warmup_steps in the warm-up, so that no step is wasted at 0; from then on the
+        (step + 1)/warm-up in the warm-up, so that no step is wasted at 0; from then on the
         decay, which would reach 0 at total_steps, one step after the last.
     """
-    if step < options.warmup_steps:
-        return (step + 1) / options.warmup_steps
-    left = max(1, total_steps - options.warmup_steps)
-    progress = min(1.0, (step - options.warmup_steps) / left)
+    warmup = options.warmup(total_steps)
+    if step < warmup:
+        return (step + 1) / warmup
+    progress = min(1.0, (step - warmup) / max(1, total_steps - warmup))
     return _DECAYS[options.name](progress)

@@ -65,3 +65,16 @@ def test_values_are_those_of_the_formulas():
     expected = [0.5 * (1 + math.cos(math.pi * i / 4)) for i in range(4)]
     assert factors("cosine", 0, 4) == pytest.approx(expected)
     assert factors("cosine", 2, 6) == pytest.approx([0.5, 1.0, *expected])
+
+
+@given(names, st.floats(0, 0.9), totals)
+def test_a_ratio_is_that_share_of_the_run(name, ratio, total):
+    by_ratio = ScheduleOptions(name=name, warmup_ratio=ratio)
+    by_steps = ScheduleOptions(name=name, warmup_steps=int(ratio * total))
+    for step in range(0, total, 7):
+        assert lr_factor(step, total, by_ratio) == lr_factor(step, total, by_steps)
+
+
+def test_steps_and_ratio_together_are_refused():
+    with pytest.raises(ValueError, match="not both"):
+        ScheduleOptions(warmup_steps=10, warmup_ratio=0.1)

@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lorakit.modules.low_rank import LowRank, row_norms
+
 
 class LoRALinear(nn.Module):
     """y = W x + b + s B A dropout(x), with W and b frozen.
@@ -67,15 +69,21 @@ class LoRALinear(nn.Module):
             return (base + update) * ratio
         return (base - bias + update) * ratio + bias
 
-    @torch.no_grad()
+    def low_rank(self) -> LowRank:
+        """The same as numbers, for the fast path of layers that share an input."""
+        return LowRank(
+            base=self.base,
+            down=self.lora_A.weight,
+            up=self.lora_B.weight,
+            scale=self.scale,
+            dropout=self.dropout if self.training else 0.0,
+            magnitude=self.lora_magnitude_vector,
+            squared_norms=None if self.lora_magnitude_vector is None else self.base_squared_norms(),
+        )
+
     def row_norms(self) -> Tensor:
         """||W + s B A|| for each output row `[out]`, fp32."""
-        a, b = self.lora_A.weight.float(), self.lora_B.weight.float()
-        cross = (self._times_weight(a) * b).sum(dim=1)
-        square = ((b @ (a @ a.t())) * b).sum(dim=1)
-        total = self.base_squared_norms() + 2 * self.scale * cross + self.scale**2 * square
-        # Above 0, so that a row of zeros gives zeros and not 0/0.
-        return total.clamp_min(torch.finfo(total.dtype).tiny).sqrt()
+        return row_norms(self.low_rank(), self._weight())
 
     @torch.no_grad()
     def base_squared_norms(self) -> Tensor:
@@ -83,11 +91,6 @@ class LoRALinear(nn.Module):
         if self._base_norms is None:
             self._base_norms = self._weight().float().square().sum(dim=1)
         return self._base_norms
-
-    def _times_weight(self, a: Tensor) -> Tensor:
-        """W A^T `[out, r]`."""
-        weight = self._weight()
-        return (weight @ a.to(weight.dtype).t()).float()
 
     def _weight(self) -> Tensor:
         """The frozen weight `[out, in]`; a quantized layer gives it dequantized."""

@@ -8,7 +8,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from lorakit.modules.cache import KeyValueCache
+from lorakit.modules.flash import flash_documents, has_flash
 from lorakit.modules.layout import Layout
+from lorakit.modules.low_rank import fused_now, projections
 from lorakit.modules.rope import Rotary
 
 QUERY_BLOCK = 512
@@ -73,7 +75,8 @@ class Attention(nn.Module):
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """x `[T, D]` -> q `[T, H * Dh]`, k and v `[T, Hkv * Dh]`."""
-        return self.q_proj(x), self.k_proj(x), self.v_proj(x)
+        q, k, v = projections(x, self.q_proj, self.k_proj, self.v_proj)
+        return q, k, v
 
     def forward(self, x: Tensor, layout: Layout, cache: KeyValueCache | None = None) -> Tensor:
         """x `[T, D]` -> `[T, D]`."""
@@ -88,7 +91,8 @@ class Attention(nn.Module):
         out = document_attention(
             q, k, v, layout, window=self.window, scale=self.scale, softcap=self.softcap
         )
-        return self.o_proj(out.flatten(-2))
+        (y,) = projections(out.flatten(-2), self.o_proj)
+        return y
 
 
 class FusedAttention(Attention):
@@ -99,7 +103,8 @@ class FusedAttention(Attention):
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """x `[T, D]` -> q `[T, H * Dh]`, k and v `[T, Hkv * Dh]`."""
-        q, k, v = self.qkv_proj(x).split(self.widths, dim=-1)
+        (qkv,) = projections(x, self.qkv_proj)
+        q, k, v = qkv.split(self.widths, dim=-1)
         return q, k, v
 
 
@@ -130,6 +135,9 @@ def document_attention(
     Returns:
         `[T, H, Dh]`.
     """
+    plain = softcap is None and (window is None or max(layout.lengths) <= window)
+    if plain and len(q) == len(k) and fused_now() and has_flash(q):
+        return flash_documents(q, k, v, layout.lengths, scale)
     if len(layout.lengths) == 1:
         return _attend(q, k, v, window, scale, softcap)
     parts = zip(

@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd.function import once_differentiable
+
+
+class Stored(Protocol):
+    """What materializing a weight takes: a `StoredLinear`, or any module like it."""
+
+    in_features: int
+    out_features: int
+
+    def dequantize(self, out: Tensor | None = None) -> Tensor: ...
 
 
 class StoredLinear(nn.Module):
@@ -66,7 +75,7 @@ class _FrozenProduct(torch.autograd.Function):
 _buffers: dict[tuple[torch.device, torch.dtype], Tensor] = {}
 
 
-def materialized(layer: StoredLinear, like: Tensor) -> Tensor:
+def materialized(layer: Stored, like: Tensor) -> Tensor:
     """W `[out, in]` in the dtype and on the device of `like`, for use in the next product only.
 
     All layers of the process share one buffer for each device and dtype, as large as the

@@ -7,6 +7,8 @@ from collections.abc import Callable
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lorakit.modules.gated import gated
+
 
 class GatedMLP(nn.Module):
     """y = down(act(gate(x)) * up(x)).
@@ -30,7 +32,7 @@ class GatedMLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x `[T, D]` -> `[T, D]`."""
-        return self.down_proj(self.activation(self.gate_proj(x)) * self.up_proj(x))
+        return gated(x, (self.gate_proj, self.up_proj), self.down_proj, self.activation)
 
 
 class FusedGatedMLP(nn.Module):
@@ -44,8 +46,7 @@ class FusedGatedMLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x `[T, D]` -> `[T, D]`."""
-        gate, up = self.gate_up_proj(x).chunk(2, dim=-1)
-        return self.down_proj(self.activation(gate) * up)
+        return gated(x, (self.gate_up_proj,), self.down_proj, self.activation)
 
 
 def gelu_tanh(x: Tensor) -> Tensor:

@@ -7,11 +7,14 @@ permutation of their rows.  R is the head's width Dh, or less where only a head'
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from lorakit.modules.layout import Layout
+from lorakit.modules.low_rank import fused_now
 
 
 class Rotary:
@@ -54,6 +57,9 @@ class Rotary:
     def rotate(self, x: Tensor, layout: Layout) -> Tensor:
         """x `[T, H, Dh]` -> the same, its first R dimensions rotated."""
         cos, sin = self.tables(layout, x.dtype)
+        if fused_now():
+            whole: Tensor = _Rotation.apply(x, cos, sin)
+            return whole
         turning = x[..., : cos.shape[-1]]
         half = turning.shape[-1] // 2
         turned = torch.cat([-turning[..., half:], turning[..., :half]], dim=-1)
@@ -61,6 +67,35 @@ class Rotary:
         if rotated.shape[-1] == x.shape[-1]:
             return rotated
         return torch.cat([rotated, x[..., rotated.shape[-1] :]], dim=-1)
+
+
+class _Rotation(torch.autograd.Function):
+    """`Rotary.rotate` in one pass over each half of a head, keeping nothing but the tables: the
+    gradient is turned back by the same angle."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        return _rotated(x, cos, sin)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None]:
+        cos, sin = ctx.saved_tensors
+        return _rotated(dy, cos, -sin), None, None
+
+
+def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """x `[T, H, Dh]`, cos and sin `[T, 1, R]`, whose two halves are alike."""
+    width = cos.shape[-1]
+    half = width // 2
+    cos, sin = cos[..., :half], sin[..., :half]
+    first, second = x[..., :half], x[..., half:width]
+    y = torch.empty_like(x, memory_format=torch.contiguous_format)
+    torch.mul(first, cos, out=y[..., :half]).addcmul_(second, sin, value=-1)
+    torch.mul(second, cos, out=y[..., half:width]).addcmul_(first, sin)
+    y[..., width:] = x[..., width:]
+    return y
 
 
 class LongRotary(Rotary):

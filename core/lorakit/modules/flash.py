@@ -1,0 +1,97 @@
+"""Causal attention over several documents, on a CPU, by torch's flash kernel for it.
+
+torch's scaled_dot_product_attention keeps q, k, v and its result for each document, k and v
+repeated for the query heads they serve, and joining the documents copies the results.  Called
+directly, the kernel repeats nothing, and each document's result goes to its place at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+_forward: Any = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", None)
+_backward: Any = getattr(
+    torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu_backward", None
+)
+
+
+def has_flash(q: Tensor) -> bool:
+    """Whether the kernel is there for these."""
+    return q.device.type == "cpu" and _forward is not None and _backward is not None
+
+
+def flash_documents(
+    q: Tensor, k: Tensor, v: Tensor, lengths: tuple[int, ...], scale: float | None
+) -> Tensor:
+    """o(softmax(scale q k^T) v) within each document, causal.
+
+    Args:
+        q: `[T, H, Dh]`.
+        k: `[T, Hkv, Dh]`; query head h sees key head h // (H / Hkv).
+        v: Like k.
+        lengths: Of the documents; their sum is T.
+        scale: None means 1/sqrt(Dh).
+
+    Returns:
+        `[T, H, Dh]`.
+    """
+    # A part of a larger projection would keep all of that in memory until the backward pass.
+    out: Tensor = _FlashDocuments.apply(q, k, v.contiguous(), lengths, scale)
+    return out
+
+
+class _FlashDocuments(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, lengths: tuple[int, ...], scale: float | None
+    ) -> Tensor:
+        out = torch.empty_like(q, memory_format=torch.contiguous_format)
+        normalizers = []
+        for part in _slices(lengths):
+            result, normalizer = _forward(
+                _as_batch(q[part]), _as_batch(k[part]), _as_batch(v[part]), 0.0, True, scale=scale
+            )
+            out[part] = _as_tokens(result)
+            normalizers.append(normalizer)
+        ctx.lengths, ctx.scale = lengths, scale
+        ctx.save_for_backward(q, k, v, out, *normalizers)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, out, *normalizers = ctx.saved_tensors
+        dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+        for part, normalizer in zip(_slices(ctx.lengths), normalizers, strict=True):
+            results = _backward(
+                *(_as_batch(tensor[part]) for tensor in (dout, q, k, v, out)),
+                normalizer,
+                0.0,
+                True,
+                scale=ctx.scale,
+            )
+            for gradient, result in zip((dq, dk, dv), results, strict=True):
+                gradient[part] = _as_tokens(result)
+        return dq, dk, dv, None, None
+
+
+def _slices(lengths: tuple[int, ...]) -> Iterator[slice]:
+    start = 0
+    for length in lengths:
+        yield slice(start, start + length)
+        start += length
+
+
+def _as_batch(x: Tensor) -> Tensor:
+    """`[T, H, Dh]` -> `[1, H, T, Dh]`, a view."""
+    return x.transpose(0, 1).unsqueeze(0)
+
+
+def _as_tokens(x: Tensor) -> Tensor:
+    """`[1, H, T, Dh]` -> `[T, H, Dh]`, a view."""
+    return x.squeeze(0).transpose(0, 1)

@@ -1,0 +1,96 @@
+"""The gated feed-forward layer as one function that keeps little for its backward pass.
+
+y = down(act(g) * u), with g and u from x.  Plain autograd keeps act(g), the product and the inputs
+of all layers besides; here it is x, g, u and the thin products of the adapters: the rest is
+computed again from those, which takes no large matrix product.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from lorakit.modules.low_rank import (
+    KEPT,
+    LowRank,
+    backward_product,
+    forward_product,
+    low_ranks_of,
+    trained,
+)
+
+Activation = Callable[[Tensor], Tensor]
+
+
+def gated(x: Tensor, inner: Sequence[nn.Module], down: nn.Module, activation: Activation) -> Tensor:
+    """down(activation(g) * u).
+
+    Args:
+        x: `[T, D]`.
+        inner: Give g and u: a layer each, or one `[2F, D]` for both, g's rows first.
+        down: `[D, F]`.
+        activation: Applied to g.
+    """
+    parts = low_ranks_of([*inner, down])
+    if parts is None:
+        g, u = halves([layer(x) for layer in inner])
+        y: Tensor = down(activation(g) * u)
+        return y
+    y = _Gated.apply(x, parts, activation, *trained(parts))
+    return y
+
+
+def halves(made: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """g and u `[T, F]` from what the inner layers made."""
+    if len(made) == 1:
+        g, u = made[0].chunk(2, dim=-1)
+        return g, u
+    g, u = made
+    return g, u
+
+
+class _Gated(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        parts: list[LowRank],
+        activation: Activation,
+        *parameters: Tensor | None,
+    ) -> Tensor:
+        results = [forward_product(part, x) for part in parts[:-1]]
+        g, u = halves([result.y for result in results])
+        h = activation(g).mul_(u)
+        last = forward_product(parts[-1], h)
+        ctx.parts, ctx.activation = parts, activation
+        kept = [tensor for result in [*results, last] for tensor in result.kept]
+        ctx.save_for_backward(x, *(result.y for result in results), *kept)
+        return last.y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        *inner, down = ctx.parts
+        x, *saved = ctx.saved_tensors
+        made, kept = saved[: len(inner)], saved[len(inner) :]
+        g, u = halves(made)
+        with torch.enable_grad():
+            leaf = g.detach().requires_grad_()
+            a = ctx.activation(leaf)
+        h = a.detach() * u
+        dh = torch.empty_like(h)
+        of_down = backward_product(down, h, dy, kept[-KEPT:], dh, first=True)
+        # One [T, F] after the other is given back, or written over by the next.
+        du = torch.mul(a.detach(), dh, out=h)
+        (dg,) = torch.autograd.grad(a, leaf, dh.mul_(u))
+        dmade = [dg, du] if len(made) == 2 else [torch.cat([dg, du], dim=-1)]
+        dx = torch.empty_like(x) if ctx.needs_input_grad[0] else None
+        gradients: list[Tensor | None] = []
+        for index, (part, d) in enumerate(zip(inner, dmade, strict=True)):
+            mine = kept[KEPT * index : KEPT * (index + 1)]
+            gradients += backward_product(part, x, d, mine, dx, first=index == 0)
+        return dx, None, None, *gradients, *of_down

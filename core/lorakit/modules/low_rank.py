@@ -1,0 +1,268 @@
+"""Linear layers that share an input, computed together and kept little of for the backward pass.
+
+A linear layer here is what it computes, not what class it is of: a frozen weight in whatever
+form it is stored, and beside it a low-rank update, or none.  A module that can say so of itself,
+by a method `low_rank()`, takes the fast path, whichever plugin it comes from; all others are
+called one after the other, which is also what the fast path is tested against.
+
+Plain autograd keeps, for each adapted layer, its input, the dropped input, and the products of
+both low-rank factors.  Here the layers of a group keep their common input and, for each, the
+`[T, r]` product with the first factor.
+
+Source of the idea: Unsloth's and Axolotl's LoRA kernels, which do the same for q, k, v and the MLP.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, cast
+
+import torch
+from attrs import frozen
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from lorakit.modules.frozen import StoredLinear, materialized
+from lorakit.modules.narrow import NarrowLinear
+
+
+@frozen(eq=False)
+class LowRank:
+    """y = W x + b + s B A dropout(x), each row scaled by m / ||W + s B A|| if there is an m.
+
+    Attributes:
+        base: Holds W `[out, in]` and b: an `nn.Linear`, or a module with `dequantize(out=)`.
+        down: A `[r, in]`; None where nothing is trained.
+        up: B `[out, r]`.
+        scale: s.
+        dropout: Share of the update's input that is dropped now: 0 in evaluation.
+        magnitude: m `[out]` (DoRA), which scales all but b.
+        squared_norms: `[out]`, ||W||^2 of each row, where there is a magnitude.
+    """
+
+    base: nn.Module
+    down: Tensor | None = None
+    up: Tensor | None = None
+    scale: float = 1.0
+    dropout: float = 0.0
+    magnitude: Tensor | None = None
+    squared_norms: Tensor | None = None
+
+
+_switch = {"on": True}
+
+
+@contextmanager
+def plain_path() -> Iterator[None]:
+    """Within it, everything is computed by plain autograd."""
+    before = set_fused(False)
+    try:
+        yield
+    finally:
+        set_fused(before)
+
+
+def set_fused(on: bool) -> bool:
+    """Turns the fast path of the whole process on or off; returns what it was."""
+    before, _switch["on"] = _switch["on"], on
+    return before
+
+
+def fused_now() -> bool:
+    """Whether a backward pass that keeps little is wanted: not where nothing is kept anyway, nor
+    under a compiler, which fuses on its own."""
+    return _switch["on"] and torch.is_grad_enabled() and not torch.compiler.is_compiling()
+
+
+def low_rank_of(linear: nn.Module) -> LowRank | None:
+    """What a linear layer computes, if it is of this kind."""
+    describe = getattr(linear, "low_rank", None)
+    if describe is not None:
+        found: LowRank | None = describe()
+        return found
+    if type(linear) is nn.Linear:
+        return None if linear.weight.requires_grad else LowRank(linear)
+    return LowRank(linear) if hasattr(linear, "dequantize") else None
+
+
+def low_ranks_of(linears: Sequence[nn.Module]) -> list[LowRank] | None:
+    """That of each, if all are of this kind and the fast path is wanted."""
+    if not fused_now():
+        return None
+    found = [low_rank_of(linear) for linear in linears]
+    known = [low for low in found if low is not None]
+    return known if len(known) == len(found) else None
+
+
+def projections(x: Tensor, *linears: nn.Module) -> tuple[Tensor, ...]:
+    """x `[T, in]` through each of the layers -> `[T, out]` each."""
+    parts = low_ranks_of(linears)
+    if parts is None:
+        return tuple(linear(x) for linear in linears)
+    ys: tuple[Tensor, ...] = _Projections.apply(x, parts, *trained(parts))
+    return ys
+
+
+def trained(parts: Sequence[LowRank]) -> list[Tensor | None]:
+    """The parameters of several layers, three each."""
+    return [tensor for part in parts for tensor in (part.down, part.up, part.magnitude)]
+
+
+class _Projections(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, parts: list[LowRank], *parameters: Tensor | None
+    ) -> tuple[Tensor, ...]:
+        results = [forward_product(part, x) for part in parts]
+        ctx.parts = parts
+        ctx.save_for_backward(x, *(t for result in results for t in result.kept))
+        return tuple(result.y for result in results)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *dys: Tensor) -> tuple[Tensor | None, ...]:
+        x, *kept = ctx.saved_tensors
+        dx = torch.empty_like(x) if ctx.needs_input_grad[0] else None
+        gradients: list[Tensor | None] = []
+        for index, (part, dy) in enumerate(zip(ctx.parts, dys, strict=True)):
+            mine = kept[KEPT * index : KEPT * (index + 1)]
+            gradients += backward_product(part, x, dy, mine, dx, first=index == 0)
+        return dx, None, *gradients
+
+
+KEPT = 4
+"""Tensors a product keeps for its backward pass; None in the place of those it does not need."""
+
+
+@frozen(eq=False)
+class Product:
+    """A layer's result and what its backward pass needs.
+
+    Attributes:
+        y: `[T, out]`.
+        kept: x A^T `[T, r]`; which inputs were dropped `[T, in]`; y; and, with a magnitude,
+            the rows' ratio m / ||W + s B A|| `[out]`.  None where there is no such thing.
+    """
+
+    y: Tensor
+    kept: tuple[Tensor | None, ...]
+
+
+def forward_product(part: LowRank, x: Tensor) -> Product:
+    """One layer's forward pass.  x `[T, in]`."""
+    weight = weight_of(part.base, x)
+    y = x @ weight.t()
+    bias = getattr(part.base, "bias", None)
+    low = dropped = ratio = None
+    if part.down is not None and part.up is not None:
+        # The factors may be wider than the activations (fp32 beside bf16).
+        down, up = part.down.to(x.dtype), part.up.to(x.dtype)
+        dropped = dropped_inputs(x, part.dropout)
+        low = without(x, dropped, part.dropout) @ down.t()
+        y.addmm_(low, up.t(), alpha=part.scale)
+        if part.magnitude is not None:
+            ratio = (part.magnitude / row_norms(part, weight)).to(x.dtype)
+            y.mul_(ratio)
+    if bias is not None:
+        y.add_(bias.to(x.dtype))
+    return Product(y, (low, dropped, y if ratio is not None else None, ratio))
+
+
+def backward_product(
+    part: LowRank,
+    x: Tensor,
+    dy: Tensor,
+    kept: Sequence[Tensor | None],
+    dx: Tensor | None,
+    *,
+    first: bool,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """One layer's backward pass.
+
+    Args:
+        part: The layer.
+        x: Its input `[T, in]`.
+        dy: The gradient of its result `[T, out]`.
+        kept: As `Product.kept`.
+        dx: Where the input's gradient goes `[T, in]`; None where nobody needs it.
+        first: Write dx, instead of adding to it.
+
+    Returns:
+        The gradients of A, B and m.
+    """
+    low, dropped, y, ratio = kept
+    d_down = d_up = d_magnitude = None
+    if ratio is not None and y is not None and part.magnitude is not None:
+        bias = getattr(part.base, "bias", None)
+        inner = y if bias is None else y - bias.to(y.dtype)
+        magnitude = part.magnitude
+        # y = m z, so sum(dy z) = sum(dy y) / m; a row of length 0 gives 0 and not 0/0.
+        summed = (dy * inner).sum(dim=0, dtype=magnitude.dtype)
+        d_magnitude = torch.where(magnitude == 0, 0, summed / magnitude)
+        dy = dy * ratio
+    if dx is not None:
+        dx.addmm_(dy, weight_of(part.base, dy), beta=0 if first else 1)
+    if low is not None and part.down is not None and part.up is not None:
+        d_low = (dy @ part.up.to(dy.dtype)).mul_(part.scale)
+        # As [r, T] @ [T, out]: the other way round, such thin products take many times as long.
+        d_up = (low.t() @ dy).mul_(part.scale).t().to(part.up.dtype)
+        d_down = (d_low.t() @ without(x, dropped, part.dropout)).to(part.down.dtype)
+        if dx is not None:
+            down = part.down.to(dy.dtype)
+            if dropped is None:
+                dx.addmm_(d_low, down)
+            else:
+                dx.add_(without(d_low @ down, dropped, part.dropout))
+    return d_down, d_up, d_magnitude
+
+
+def weight_of(base: nn.Module, like: Tensor) -> Tensor:
+    """W `[out, in]` in the dtype of `like`, for the next product only."""
+    if type(base) is nn.Linear and base.weight.dtype == like.dtype:
+        return base.weight
+    if type(base) is nn.Linear:
+        return base.weight.to(like.dtype)
+    if isinstance(base, (StoredLinear, NarrowLinear)):
+        return materialized(base, like)
+    # A scheme's own module need not know how to write into a buffer.
+    dequantize = cast("Callable[[], Tensor]", base.dequantize)
+    return dequantize().to(like.dtype)
+
+
+@torch.no_grad()
+def row_norms(part: LowRank, weight: Tensor) -> Tensor:
+    """||W + s B A|| of each row `[out]`, fp32, without the dense product B A.
+
+    Per row, ||W + s B A||^2 = ||W||^2 + 2 s <W A^T, B> + s^2 <B A A^T, B>: the cost of r more
+    tokens.  The norm counts as a constant in the backward pass (arXiv 2402.09353, section 4.3).
+
+    Args:
+        part: With a magnitude.
+        weight: W `[out, in]`, as materialized already.
+    """
+    assert part.down is not None
+    assert part.up is not None
+    assert part.squared_norms is not None
+    a, b = part.down.float(), part.up.float()
+    cross = ((weight @ a.to(weight.dtype).t()).float() * b).sum(dim=1)
+    square = ((b @ (a @ a.t())) * b).sum(dim=1)
+    total = part.squared_norms + 2 * part.scale * cross + part.scale**2 * square
+    # Above 0, so that a row of zeros gives zeros and not 0/0.
+    return total.clamp_min(torch.finfo(total.dtype).tiny).sqrt()
+
+
+def dropped_inputs(x: Tensor, share: float) -> Tensor | None:
+    """Which inputs dropout sets to 0 `[T, in]`; None without dropout.
+
+    Draws what torch.nn.functional.dropout draws on a CPU, so that a seed gives the same run on
+    the plain path.
+    """
+    if share == 0.0:
+        return None
+    return torch.empty_like(x).bernoulli_(1 - share) == 0
+
+
+def without(x: Tensor, dropped: Tensor | None, share: float) -> Tensor:
+    """x without what is dropped, the rest scaled up by 1 / (1 - share)."""
+    return x if dropped is None else x.masked_fill(dropped, 0).mul_(1 / (1 - share))
