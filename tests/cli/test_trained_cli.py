@@ -53,7 +53,10 @@ def test_generate_from_nothing(
 def test_merge(cli: Cli, run: Path, data: Path, tmp_path: Path) -> None:
     merged = tmp_path / "merged"
     done = cli("merge", run, "--output", merged)
-    assert (done.status, done.out) == (0, f"wrote {merged}\n")
+    assert done.status == 0
+    advice, wrote = done.out.splitlines()
+    assert advice.startswith("serve with vLLM: vllm serve ")
+    assert wrote == f"wrote {merged}"
     assert {"config.json", "model.safetensors", "tokenizer.json"} <= {
         p.name for p in merged.iterdir()
     }
