@@ -54,6 +54,7 @@ from lorakit.state import (
     restore_generators,
     unflatten_optimizer,
 )
+from lorakit.trained import load_start
 from lorakit.weights.base import base_name
 
 
@@ -191,6 +192,8 @@ def assemble(recipe: Recipe, progress: Progress, *, weights: bool = True) -> Run
     torch.manual_seed(recipe.run.seed)
     adapter = recipe.adapter
     adapted = apply_adapter(base.model, adapter.record, adapter.options, precision.adapter)
+    if weights:
+        load_start(base.model, adapted, adapter.record, adapter.options, recipe.catalog)
     base.model.train()
     training = recipe.training
     offload = offload_to_host(device) if training.activation_offloading else None

@@ -39,6 +39,18 @@ class OptimizerOptions:
 
 
 @frozen(kw_only=True)
+class AdapterOptions:
+    """`[adapter]`: the keys an adapter method has whose training can go on from a saved adapter.
+
+    Attributes:
+        path: A run or an adapter directory, lorakit's or PEFT's, with the same settings; its
+            values are the start. Empty starts anew.
+    """
+
+    path: str = ""
+
+
+@frozen(kw_only=True)
 class CheckpointerOptions:
     """`[checkpointer]`: the keys every checkpointer has.
 

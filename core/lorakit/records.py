@@ -70,6 +70,9 @@ class ModelFamily(Offer):
 class AdapterMethod(Offer):
     """A way to train a few parameters beside a frozen linear layer.
 
+    If the options class extends `lorakit.options.AdapterOptions`, training can go on from a saved
+    adapter.
+
     Attributes:
         peft_type: The `peft_type` of adapter_config.json that this method reads and writes.
         parameter_prefix: How the names of its parameters start within a wrapped layer, which is

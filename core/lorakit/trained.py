@@ -26,12 +26,13 @@ from lorakit.catalog import Catalog, load_catalog
 from lorakit.data.batches import make_batch
 from lorakit.data.dataset import load_dataset
 from lorakit.data.tokenizer import Tokenizer, load_tokenizer
-from lorakit.errors import UserError
+from lorakit.errors import RecipeError, UserError
 from lorakit.loss import batch_loss
 from lorakit.merging import merge_adapter
+from lorakit.options import AdapterOptions
 from lorakit.progress import TerminalProgress
 from lorakit.protocols import Progress
-from lorakit.records import DatasetFormat
+from lorakit.records import AdapterMethod, DatasetFormat
 from lorakit.run_directory import ADAPTER, CHECKPOINTS, RECIPE
 from lorakit.serving import serving_advice
 from lorakit.weights.base import fetch_base
@@ -108,6 +109,44 @@ def load_trained(path: str, device_name: str = "auto") -> Trained:
         tokenizer = _tokenizer_of(adapter, base)
     base.model.eval()
     return Trained(base.model, tokenizer, device, catalog)
+
+
+def load_start(
+    model: nn.Module, names: list[str], method: AdapterMethod, options: Any, catalog: Catalog
+) -> None:
+    """Gives the adapter on a model the values of the one that `adapter.path` names, if any.
+
+    Args:
+        model: With the adapter on.
+        names: The adapted layers.
+        method: The adapter's.
+        options: Its options.
+        catalog: The methods there are.
+
+    Raises:
+        UserError: There is no adapter, or it has other settings or layers.
+    """
+    path = options.path if isinstance(options, AdapterOptions) else ""
+    if not path:
+        return
+    directory = find_adapter(Path(path).expanduser())
+    if directory is None:
+        raise UserError(f"adapter.path: {path} is no run and no adapter directory")
+    saved = read_adapter(directory, catalog)
+    if saved.method is not method:
+        raise UserError(f"adapter.path: {directory} is of the method {saved.method.name!r}")
+    if saved.copies:
+        raise UserError(f"adapter.path: {directory} brings whole layers beside the adapter's own")
+    there, here = method.to_config(saved.options, names), method.to_config(options, names)
+    problems = [
+        f"{key}: {directory} has {there[key]!r}, the recipe comes to {here[key]!r}"
+        for key in here
+        # The same layers can be written in several ways; the tensors' names tell.
+        if key != "target_modules" and there[key] != here[key]
+    ]
+    if problems:
+        raise RecipeError("adapter.path", problems)
+    load_adapter_tensors(model, names, saved.flat, directory)
 
 
 def _open_base_of(adapter: SavedAdapter, catalog: Catalog, progress: Progress) -> BaseModel:

@@ -36,8 +36,11 @@ def test_code_and_commands_work_on_a_run(make_recipe, checkpoint, tmp_path, monk
     names = {}
     exec(code.replace('"BASE"', repr(str(checkpoint))), names)
     assert "lora_A" in str(names["model"])
-    (commands,) = blocks("console")
-    for line in commands.splitlines():
+    recipe, name = make_recipe().rsplit(":", 1)
+    text = Path(recipe).read_text(encoding="utf-8")
+    Path("mine.toml").write_text(text.replace(f"[{name}", "[mine"), encoding="utf-8")
+    for line in "".join(blocks("console")).splitlines():
         done = CliRunner().invoke(app, line.split()[1:])
         assert done.exit_code == 0, done.output
     assert (tmp_path / "merged" / "config.json").is_file()
+    assert (tmp_path / "runs" / "more" / "adapter").is_dir()

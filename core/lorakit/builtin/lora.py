@@ -16,6 +16,7 @@ from attrs import field, frozen
 from attrs.validators import and_, deep_mapping, ge, gt, lt
 
 from lorakit.errors import UserError, did_you_mean, listing
+from lorakit.options import AdapterOptions
 from lorakit.structuring import structure
 
 if TYPE_CHECKING:
@@ -26,7 +27,7 @@ ALL_LINEAR = "all-linear"
 
 
 @frozen(kw_only=True)
-class LoRAOptions:
+class LoRAOptions(AdapterOptions):
     """`[adapter]` with `name = "lora"`.
 
     Attributes:
