@@ -1,4 +1,4 @@
-"""Tiny checkpoints of the shipped recipes' own architectures, with tokenizers of their own kinds."""
+"""Tiny checkpoints of the shipped recipes' architectures, with tokenizers of their own kinds."""
 
 from __future__ import annotations
 

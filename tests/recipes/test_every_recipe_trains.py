@@ -33,10 +33,6 @@ MODELS = {
 }
 RECIPES = [name for name in packed_file().names() if name != "quickstart"]
 ROW = {"instruction": "Name a plugin.", "input": "", "output": "It is called lorakit-llama."}
-    "instruction": "Name a plugin.",
-    "input": "",
-    "output": "The plugin is called lorakit-llama.",
-}
 ROWS_A_STEP = 16
 
 
