@@ -35,7 +35,7 @@ from lorakit.offloading import offload_to_host
 from lorakit.optimizer import build_optimizer
 from lorakit.progress import TerminalProgress
 from lorakit.protocols import Precision, Progress, RunInfo, Snapshot, SnapshotStore
-from lorakit.recipes import Recipe
+from lorakit.recipes import Recipe, section_table
 from lorakit.run_directory import (
     ADAPTER,
     MERGED,
@@ -360,7 +360,10 @@ def _write_results(run: Run, progress: Progress) -> None:
 
 
 def _origin(recipe: Recipe) -> Mapping[str, Any]:
-    return {"model": {"name": recipe.model.name, "path": recipe.model.options.path}}
+    model = {"name": recipe.model.name, "path": recipe.model.options.path}
+    if recipe.quantization is None:
+        return {"model": model}
+    return {"model": model, "quantization": section_table(recipe.quantization)}
 
 
 def _merge(run: Run, directory: Path, progress: Progress) -> None:

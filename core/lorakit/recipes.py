@@ -84,10 +84,10 @@ class Recipe:
         for key in _PLUGIN_SECTIONS:
             section = getattr(self, key)
             if section is not None:
-                table[key] = _section_table(section)
+                table[key] = section_table(section)
         for key in _OWN_SECTIONS:
             table[key] = unstructure(getattr(self, key))
-        table["loggers"] = [_section_table(s) for s in self.loggers]
+        table["loggers"] = [section_table(s) for s in self.loggers]
         return table
 
     def text(self) -> str:
@@ -116,8 +116,29 @@ _REQUIRED = ("model", "data")
 _OPTIONAL = ("quantization",)
 
 
-def _section_table(section: Section) -> dict[str, Any]:
+def section_table(section: Section) -> dict[str, Any]:
+    """The section as a recipe writes it, every default spelled out."""
     return {"name": section.name, **unstructure(section.options)}
+
+
+def read_section(kind: str, table: Mapping[str, Any], catalog: Catalog, where: str) -> Section:
+    """What `section_table` wrote.
+
+    Args:
+        kind: What the section names: `quantization`.
+        table: The section.
+        catalog: What is installed.
+        where: The file it was written to, for messages.
+
+    Raises:
+        UserError: Nobody offers what it names, or its other keys are wrong.
+    """
+    record = catalog.get(kind, str(table.get("name")))
+    others = {key: value for key, value in table.items() if key != "name"}
+    options, problems = structure(record.options, others, kind)
+    if options is None:
+        raise RecipeError(where, problems)
+    return Section(record, options)
 
 
 def resolve_recipe(

@@ -32,6 +32,7 @@ from lorakit.merging import merge_adapter
 from lorakit.options import AdapterOptions
 from lorakit.progress import TerminalProgress
 from lorakit.protocols import Progress
+from lorakit.recipes import Section, read_section
 from lorakit.records import AdapterMethod, DatasetFormat
 from lorakit.run_directory import ADAPTER, CHECKPOINTS, RECIPE
 from lorakit.serving import serving_advice
@@ -81,12 +82,13 @@ def find_adapter(path: Path) -> Path | None:
     return None
 
 
-def load_trained(path: str, device_name: str = "auto") -> Trained:
+def load_trained(path: str, device_name: str = "auto", *, full_precision: bool = False) -> Trained:
     """Loads a run, an adapter or a model.
 
     Args:
         path: A run directory, a checkpoint, an adapter directory, or a `model.path`.
         device_name: As in a recipe.
+        full_precision: Leave a base unquantized that the adapter was trained over quantized.
 
     Raises:
         UserError: It is none of these, or cannot be loaded.
@@ -100,7 +102,10 @@ def load_trained(path: str, device_name: str = "auto") -> Trained:
     base = base or open_base_model(path, catalog, progress)
     precision = catalog.defaults("precision")[0]
     resolved = precision.resolve(device, precision.options())
-    load_weights(base, device=device, precision=resolved, progress=progress)
+    quantization = None if full_precision else _quantization_of(adapter, catalog)
+    load_weights(
+        base, device=device, precision=resolved, progress=progress, quantization=quantization
+    )
     tokenizer = base.tokenizer
     if adapter is not None:
         names = apply_adapter(base.model, adapter.method, adapter.options, resolved.adapter)
@@ -181,11 +186,27 @@ def _tokenizer_of(adapter: SavedAdapter, base: BaseModel) -> Tokenizer:
         names = [p for p in adapter.path.iterdir() if p.name.startswith(TOKENIZER_FILES)]
         files = {p.name: p.read_bytes() for p in names if p.is_file()}
         return load_tokenizer(files, str(adapter.path))
+    recipe = _recipe_of_checkpoint(adapter)
+    return (
+        base.tokenizer.with_template(recipe["data"]["chat_template"]) if recipe else base.tokenizer
+    )
+
+
+def _quantization_of(adapter: SavedAdapter | None, catalog: Catalog) -> Section | None:
+    """How the base was stored while the adapter was trained."""
+    if adapter is None:
+        return None
+    table = {**_recipe_of_checkpoint(adapter), **adapter.origin}.get("quantization")
+    return read_section("quantization", table, catalog, str(adapter.path)) if table else None
+
+
+def _recipe_of_checkpoint(adapter: SavedAdapter) -> dict[str, Any]:
+    """The recipe of the run that a checkpoint is of; empty for an adapter on its own."""
     recipe = adapter.path.parent.parent / RECIPE
-    if recipe.is_file():
-        (table,) = tomli.loads(recipe.read_text(encoding="utf-8")).values()
-        return base.tokenizer.with_template(table["data"]["chat_template"])
-    return base.tokenizer
+    if adapter.path.parent.name != CHECKPOINTS or not recipe.is_file():
+        return {}
+    (table,) = tomli.loads(recipe.read_text(encoding="utf-8")).values()
+    return dict(table)
 
 
 @frozen

@@ -20,6 +20,8 @@ from lorakit.errors import Interrupted, RecipeError, UserError
 from lorakit.modules import StoredLinear
 from lorakit.progress import SilentProgress
 from lorakit.recipes import resolve_recipe
+from lorakit.trained import evaluate, load_trained
+from lorakit_bitsandbytes.nf4 import NF4Linear
 
 # Wide enough for whole blocks, and for adapters whose state is kept in 8 bits.
 WIDE = {"hidden_size": 64, "intermediate_size": 192, "num_hidden_layers": 2}
@@ -125,6 +127,53 @@ def test_the_notice_is_among_those_of_a_dry_run(recipe):
     resolved = resolve_recipe(recipe(optimizer={"name": "paged_adamw", "lr": 1e-3}))
     lines = describe(assemble(resolved, SilentProgress(), weights=False))
     assert sum("no pages on cpu" in line for line in lines) == 1
+
+
+# ---------------------------------------------------------------- what a run left behind
+
+
+def kinds_of(model: torch.nn.Module) -> set[type]:
+    return {type(m.base) for m in model.modules() if hasattr(m, "base")}
+
+
+@pytest.mark.parametrize("options", [{}, {"double_quant": False, "block_size": 32}])
+def test_a_run_its_adapter_and_its_checkpoint_load_quantized_as_trained(options, recipe):
+    quantization = {"name": "nf4", **options}
+    output = lorakit.train(recipe(quantization=quantization)).output
+    checkpoint = max((output / "checkpoints").iterdir())
+    for path in (output, output / "adapter", checkpoint):
+        model = load_trained(str(path), "cpu").model
+        layers = [m.base for m in model.modules() if hasattr(m, "base")]
+        assert {type(layer) for layer in layers} == {NF4Linear}
+        assert {layer.block_size for layer in layers} == {options.get("block_size", 64)}
+        assert {layer.double_quant for layer in layers} == {options.get("double_quant", True)}
+        plain = load_trained(str(path), "cpu", full_precision=True).model
+        assert kinds_of(plain) == {torch.nn.Linear}
+
+
+def test_evaluation_gives_the_loss_that_training_saw(recipe, make_rows, read_metrics):
+    """Evaluated over its own data, a run of one step at next to no learning rate has its loss."""
+    settings = {"epochs": 1, "batch_size": 12}
+    reference = recipe(training=settings, adapter={"rank": 4}, optimizer={"lr": 1e-12})
+    output = lorakit.train(reference).output
+    (step,) = read_metrics(output)
+    data = str(output.parent / "data.jsonl")
+    loaded = evaluate(load_trained(str(output), "cpu"), data, "messages").loss
+    plain = load_trained(str(output), "cpu", full_precision=True)
+    assert loaded == pytest.approx(step["loss"], abs=1e-5)
+    assert evaluate(plain, data, "messages").loss != pytest.approx(step["loss"], abs=1e-4)
+
+
+def test_a_scheme_that_is_no_longer_installed_is_told(recipe):
+    output = lorakit.train(recipe()).output
+    own = output / "adapter" / "lorakit.json"
+    own.write_text(own.read_text().replace('"nf4"', '"nf3"'))
+    with pytest.raises(UserError, match="no quantization is called 'nf3'"):
+        load_trained(str(output), "cpu")
+    assert load_trained(str(output), "cpu", full_precision=True)
+    own.write_text(own.read_text().replace('"nf3"', '"nf4"').replace("64", "63"))
+    with pytest.raises(UserError, match=r"quantization\.block_size"):
+        load_trained(str(output), "cpu")
 
 
 # ---------------------------------------------------------------- bad input

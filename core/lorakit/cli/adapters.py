@@ -6,6 +6,8 @@ import sys
 
 import click
 
+FULL_PRECISION = "Do not quantize a base that the adapter was trained over quantized."
+
 
 @click.command()
 @click.argument("run_or_adapter")
@@ -41,6 +43,7 @@ def merge(run_or_adapter: str, output: str | None, check: bool) -> None:
 )
 @click.option("--seed", default=0, show_default=True, help="Of the draws.")
 @click.option("--device", default="auto", show_default=True)
+@click.option("--full-precision", is_flag=True, help=FULL_PRECISION)
 def generate(
     run_or_adapter_or_model: str,
     prompt: str,
@@ -48,6 +51,7 @@ def generate(
     temperature: float,
     seed: int,
     device: str,
+    full_precision: bool,
 ) -> None:
     """Answer TEXT with a trained run, an adapter or a model, through the chat template used in
     training."""
@@ -55,7 +59,7 @@ def generate(
     from lorakit.trained import load_trained
 
     text = sys.stdin.read() if prompt == "-" else prompt
-    trained = load_trained(run_or_adapter_or_model, device)
+    trained = load_trained(run_or_adapter_or_model, device, full_precision=full_precision)
     pieces = stream_answer(
         trained.model,
         trained.tokenizer,
@@ -76,11 +80,15 @@ def generate(
     "--format", "form", default="messages", show_default=True, help="The data set format."
 )
 @click.option("--device", default="auto", show_default=True)
-def eval_command(run_or_adapter_or_model: str, data: str, form: str, device: str) -> None:
+@click.option("--full-precision", is_flag=True, help=FULL_PRECISION)
+def eval_command(
+    run_or_adapter_or_model: str, data: str, form: str, device: str, full_precision: bool
+) -> None:
     """Loss and perplexity over the trained tokens of a data file."""
     from lorakit.trained import evaluate, load_trained
 
-    scores = evaluate(load_trained(run_or_adapter_or_model, device), data, form)
+    trained = load_trained(run_or_adapter_or_model, device, full_precision=full_precision)
+    scores = evaluate(trained, data, form)
     click.echo(
         f"loss {scores.loss:.4f}  perplexity {scores.perplexity:.2f}  "
         f"over {scores.trained_tokens:,} tokens of {scores.rows:,} rows"

@@ -35,15 +35,7 @@ class Int8Linear(StoredLinear):
 
     def __init__(self, linear: nn.Linear, weight: Tensor, compute_dtype: torch.dtype) -> None:
         super().__init__(linear, compute_dtype)
-        weight = weight.detach()
-        codes = torch.empty_like(weight, dtype=torch.int8)
-        absmax = torch.empty(len(weight), dtype=torch.float32, device=weight.device)
-        for rows in _pieces(weight):
-            values = weight[rows].float()
-            absmax[rows] = values.abs().amax(dim=1)
-            # A row of zeros has no scale: any finite one gives zeros.
-            factors = 127.0 / absmax[rows].clamp_min(torch.finfo(torch.float32).tiny)
-            codes[rows] = (values * factors.unsqueeze(1)).round_().to(torch.int8)
+        codes, absmax = _quantized(weight.detach())
         if has_memory(weight) and not absmax.isfinite().all():
             raise UserError("the weight has values that are not finite, which int8 cannot hold")
         self.register_buffer("codes", codes)
@@ -62,12 +54,31 @@ class Int8Linear(StoredLinear):
         return f"{super().extra_repr()}, int8"
 
 
+def _quantized(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """weight `[out, in]` -> codes int8 `[out, in]`, absmax fp32 `[out]`."""
+    if not has_memory(weight):
+        return _quantized_rows(weight)
+    codes = torch.empty_like(weight, dtype=torch.int8)
+    absmax = torch.empty(len(weight), dtype=torch.float32, device=weight.device)
+    for rows in _pieces(weight):
+        codes[rows], absmax[rows] = _quantized_rows(weight[rows])
+    return codes, absmax
+
+
+def _quantized_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
+    values = weight.float()
+    absmax = values.abs().amax(dim=1)
+    # A row of zeros has no scale: any finite one gives zeros.
+    factors = 127.0 / absmax.clamp_min(torch.finfo(torch.float32).tiny)
+    return (values * factors.unsqueeze(1)).round_().to(torch.int8), absmax
+
+
 def _product(codes: Tensor, scales: Tensor) -> Tensor:
     # In bitsandbytes' own order and with its constant for 1/127, so that the bits are the same.
     return codes.float().mul_(scales).mul_(7.874015718698502e-3)
 
 
 def _pieces(matrix: Tensor) -> list[slice]:
-    """Runs of rows of about PIECE numbers; all rows where there is no memory to save."""
-    count = max(1, PIECE // matrix.shape[1]) if has_memory(matrix) else len(matrix)
+    """Runs of rows of about PIECE numbers."""
+    count = max(1, PIECE // matrix.shape[1])
     return [slice(start, start + count) for start in range(0, len(matrix), count)]
