@@ -242,7 +242,7 @@ def test_smollm2_equals_transformers_on_the_converted_directory(logits_of, parit
         Message("user", "Thank you! Is it larger than Lyon?"),
     ]
     text = tokenizer.render(turns, add_generation_prompt=True)
-    ids = list(tokenizer.encode(text, special=False).ids)
+    ids = list(tokenizer.encode_rendered(text).ids)
     with torch.no_grad():
         expected = reference(torch.tensor([ids])).logits[0]
     error = float((logits_of(trained.model, ids) - expected).abs().max())
