@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,9 +13,7 @@ from lorakit.adapters import (
     adapter_config,
     adapter_tensors,
     apply_adapter,
-    group_by_layer,
     load_adapter_tensors,
-    write_adapter,
 )
 from lorakit.atomic import write_file
 from lorakit.base_model import BaseModel, load_weights, open_base_model, resolve_device
@@ -29,13 +25,13 @@ from lorakit.errors import Interrupted, UserError
 from lorakit.interrupts import stop_on_signals
 from lorakit.logs import LoggerGroup
 from lorakit.loop import Limits, Result, train, trainable_parameters
-from lorakit.merging import merge_adapter
 from lorakit.modules.low_rank import set_fused
 from lorakit.offloading import offload_to_host
 from lorakit.optimizer import build_optimizer
 from lorakit.progress import TerminalProgress
 from lorakit.protocols import Precision, Progress, RunInfo, Snapshot, SnapshotStore
-from lorakit.recipes import Recipe, section_table
+from lorakit.recipes import Recipe
+from lorakit.results import summary, write_merged, write_results
 from lorakit.run_directory import (
     ADAPTER,
     MERGED,
@@ -159,9 +155,9 @@ def run_recipe(recipe: Recipe, *, resume: bool = False, fixed_output: bool = Fal
         )
         _fit(run, optimizer, state, store, log, progress)
         log.finish()
-        _write_results(run, progress)
+        write_results(run, progress)
         samples.after(log)
-        log.notice(_summary(run, state))
+        log.notice(summary(run, state))
     return Result(recipe.output, state.step, state.loss)
 
 
@@ -278,7 +274,7 @@ def _fit(
     def epoch_done(state: TrainState) -> None:
         last = state.epoch == recipe.training.epochs
         if keep.save_merged_each_epoch and not last:
-            _merge(run, recipe.output / f"{MERGED}-epoch-{state.epoch}", progress)
+            write_merged(run, recipe.output / f"{MERGED}-epoch-{state.epoch}", progress)
 
     with stop_on_signals() as stop:
         train(
@@ -344,57 +340,6 @@ def _fingerprint(dataset: Dataset) -> str:
     for example in dataset.examples:
         digest.update(json.dumps([example.ids, example.trained]).encode())
     return digest.hexdigest()
-
-
-def _write_results(run: Run, progress: Progress) -> None:
-    """Writes what the run leaves behind."""
-    write_adapter(
-        run.recipe.output / ADAPTER,
-        adapter_tensors(run.base.model, run.adapted),
-        run.snapshot_config(),
-        files=run.tokenizer.files,
-        origin=_origin(run.recipe),
-    )
-    if run.recipe.checkpointer.options.save_merged:
-        _merge(run, run.recipe.output / MERGED, progress)
-
-
-def _origin(recipe: Recipe) -> Mapping[str, Any]:
-    model = {"name": recipe.model.name, "path": recipe.model.options.path}
-    if recipe.quantization is None:
-        return {"model": model}
-    return {"model": model, "quantization": section_table(recipe.quantization)}
-
-
-def _merge(run: Run, directory: Path, progress: Progress) -> None:
-    adapter = run.recipe.adapter
-    flat = adapter_tensors(run.base.model, run.adapted)
-    merge_adapter(
-        run.base.checkpoint,
-        adapter.record,
-        adapter.options,
-        group_by_layer(flat, adapter.record.parameter_prefix, directory),
-        directory,
-        files=run.tokenizer.files,
-        progress=progress,
-        replace=True,
-    )
-
-
-def _summary(run: Run, state: TrainState) -> str:
-    output = run.recipe.output
-    lines = [
-        f"done: {state.step} steps, {state.tokens:,} tokens, last loss {state.loss:.4f}",
-        f"  adapter:         {output / ADAPTER}",
-    ]
-    if run.recipe.checkpointer.options.save_merged:
-        lines.append(f"  merged model:    {output / MERGED}")
-    else:
-        lines.append(f"  merge it:        lorakit merge {output} --output {output / MERGED}")
-    lines.append(f"  serve with vLLM: {run.serving_advice()}")
-    question = run.recipe.samples.prompts[0] if run.recipe.samples.prompts else "..."
-    lines.append(f"  ask it yourself: lorakit generate {output} --prompt {json.dumps(question)}")
-    return "\n".join(lines)
 
 
 def dry_run(recipe: Recipe) -> list[str]:

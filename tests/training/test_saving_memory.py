@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lorakit import assemble
+from lorakit import assemble, results
 from lorakit.progress import TerminalProgress
 from lorakit.recipes import resolve_recipe
 from lorakit.state import TrainState
@@ -35,7 +35,7 @@ def test_checkpoints_and_adapters_are_written_without_the_base(
 
     store = recipe.checkpointer.record.open(recipe.output, recipe.checkpointer.options)
     folder = store.save(assemble._snapshot(run, optimizer, TrainState(step=1)))
-    assemble._write_results(run, TerminalProgress())
+    results.write_results(run, TerminalProgress())
     saved = sum(p.numel() * 4 for p in parameters)
     for directory in (folder, recipe.output / "adapter"):
         size = (directory / "adapter_model.safetensors").stat().st_size

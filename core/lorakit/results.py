@@ -1,0 +1,71 @@
+"""What a run leaves behind: its adapter, the merged model, and how to use them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lorakit.adapters import adapter_tensors, group_by_layer, write_adapter
+from lorakit.merging import merge_adapter
+from lorakit.protocols import Progress
+from lorakit.recipes import Recipe, section_table
+from lorakit.run_directory import ADAPTER, MERGED
+from lorakit.state import TrainState
+
+if TYPE_CHECKING:
+    from lorakit.assemble import Run
+
+
+def write_results(run: Run, progress: Progress) -> None:
+    """Writes `adapter/` and, if the recipe asks for it, `merged/`."""
+    write_adapter(
+        run.recipe.output / ADAPTER,
+        adapter_tensors(run.base.model, run.adapted),
+        run.snapshot_config(),
+        files=run.tokenizer.files,
+        origin=_origin(run.recipe),
+    )
+    if run.recipe.checkpointer.options.save_merged:
+        write_merged(run, run.recipe.output / MERGED, progress)
+
+
+def write_merged(run: Run, directory: Path, progress: Progress) -> None:
+    """Writes the base model with the adapter, as it is now, folded in."""
+    adapter = run.recipe.adapter
+    flat = adapter_tensors(run.base.model, run.adapted)
+    merge_adapter(
+        run.base.checkpoint,
+        adapter.record,
+        adapter.options,
+        group_by_layer(flat, adapter.record.parameter_prefix, directory),
+        directory,
+        files=run.tokenizer.files,
+        progress=progress,
+        replace=True,
+    )
+
+
+def summary(run: Run, state: TrainState) -> str:
+    """What the run came to, and what to do with it."""
+    output = run.recipe.output
+    lines = [
+        f"done: {state.step} steps, {state.tokens:,} tokens, last loss {state.loss:.4f}",
+        f"  adapter:         {output / ADAPTER}",
+    ]
+    if run.recipe.checkpointer.options.save_merged:
+        lines.append(f"  merged model:    {output / MERGED}")
+    else:
+        lines.append(f"  merge it:        lorakit merge {output} --output {output / MERGED}")
+    lines.append(f"  serve with vLLM: {run.serving_advice()}")
+    question = run.recipe.samples.prompts[0] if run.recipe.samples.prompts else "..."
+    lines.append(f"  ask it yourself: lorakit generate {output} --prompt {json.dumps(question)}")
+    return "\n".join(lines)
+
+
+def _origin(recipe: Recipe) -> Mapping[str, Any]:
+    model = {"name": recipe.model.name, "path": recipe.model.options.path}
+    if recipe.quantization is None:
+        return {"model": model}
+    return {"model": model, "quantization": section_table(recipe.quantization)}
