@@ -6,24 +6,25 @@ pass: for autograd, and to move a tensor, torch asks for the real device's libra
 
 from __future__ import annotations
 
+import json
+import math
+import os
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from attrs import frozen
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from lorakit.adapters import apply_adapter
+from lorakit import assemble
 from lorakit.base_model import build_on_meta
-from lorakit.blocks import checkpoint_blocks
 from lorakit.catalog import load_catalog
 from lorakit.loop import trainable_parameters
-from lorakit.modules import Layout, StoredLinear
+from lorakit.modules import StoredLinear
 from lorakit.modules import frozen as frozen_linear
 from lorakit.progress import SilentProgress
-from lorakit.protocols import TensorSpec
-from lorakit.weights.stream import HEAD, stream_weights
+from lorakit.recipes import resolve_recipe
 from lorakit_bitsandbytes import nf4
 
 MISTRAL_7B = {
@@ -42,20 +43,31 @@ MISTRAL_7B = {
     "hidden_act": "silu",
 }
 TOKENS = 256
+ROOT = Path(__file__).resolve().parents[2]
 
 
-@frozen
-class ShapesOnly:
-    """A checkpoint whose tensors have no memory."""
-
-    shapes: dict[str, tuple[int, ...]]
-
-    def shards(self) -> dict[str, dict[str, TensorSpec]]:
-        return {"shard": {name: TensorSpec(s, "BF16") for name, s in self.shapes.items()}}
-
-    def tensors(self, shard: str | None = None) -> Any:
-        for name, shape in self.shapes.items():
-            yield name, torch.empty(shape, dtype=torch.bfloat16, device="meta")
+def write_holes(directory: Path, shapes: dict[str, tuple[int, ...]]) -> None:
+    """A sharded bf16 checkpoint whose weights are holes in sparse files: no byte of the 14.5 GB
+    is on the disk, and the meta device reads none."""
+    weight_map = {}
+    for shard, chunk in enumerate(list(shapes)[n : n + 9] for n in range(0, len(shapes), 9)):
+        header, end = {}, 0
+        for name in chunk:
+            start, end = end, end + 2 * math.prod(shapes[name])
+            header[name] = {
+                "dtype": "BF16",
+                "shape": list(shapes[name]),
+                "data_offsets": [start, end],
+            }
+        text = json.dumps(header).encode()
+        text += b" " * (-len(text) % 8)
+        file = directory / f"model-{shard:05d}.safetensors"
+        file.write_bytes(len(text).to_bytes(8, "little") + text)
+        os.truncate(file, 8 + len(text) + end)
+        weight_map |= dict.fromkeys(chunk, file.name)
+    index = {"metadata": {}, "weight_map": weight_map}
+    (directory / "model.safetensors.index.json").write_text(json.dumps(index))
+    (directory / "config.json").write_text(json.dumps(MISTRAL_7B))
 
 
 @pytest.fixture(autouse=True)
@@ -83,32 +95,37 @@ def bytes_of(model: Any) -> int:
     return sum(b.numel() * b.element_size() for m in stored for b in m.buffers())
 
 
-@pytest.mark.parametrize(("scheme", "bytes_each"), [("nf4", 4.127 / 8), ("int8", 1.0)])
-def test_a_step_on_the_meta_device(scheme: str, bytes_each: float) -> None:
-    """Streamed, adapted and checkpointed as mistral_7b_qlora is: bf16, rank 64 everywhere."""
-    model = mistral_on_meta()
-    stream_weights(
-        model,
-        ShapesOnly({name: tuple(p.shape) for name, p in model.named_parameters()}),
-        device=torch.device("meta"),
-        dtype=torch.bfloat16,
-        progress=SilentProgress(),
-        quantize=quantizer(scheme),
-        kept_linears=frozenset({HEAD}),
-    )
-    linears = 32 * (2 * 4096 * 4096 + 2 * 1024 * 4096 + 3 * 4096 * 14336)
-    assert bytes_of(model) / linears == pytest.approx(bytes_each, rel=2e-3)
+def test_mistral_7b_qlora_assembles_and_steps_on_the_meta_device(
+    tokenizer_dir: Path, tmp_path: Path, monkeypatch: Any
+) -> None:
+    write_holes(tmp_path, {n: tuple(p.shape) for n, p in mistral_on_meta().named_parameters()})
+    for file in tokenizer_dir.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    rows = [{"instruction": f"{n}?", "input": "", "output": "No. " * 40} for n in range(8)]
+    (tmp_path / "data.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    changes = {
+        "model.path": str(tmp_path),
+        "data.path": str(tmp_path / "data.jsonl"),
+    }
+    recipe = resolve_recipe(f"{ROOT / 'recipes.toml'}:mistral_7b_qlora", overrides=changes)
+    meta = torch.device("meta")
+    monkeypatch.setattr(assemble, "resolve_device", lambda name: meta)
+    run = assemble.assemble(recipe, SilentProgress())
 
-    adapter = load_catalog().get("adapter", "lora")
-    names = apply_adapter(model, adapter, adapter.options(rank=64, alpha=16), torch.float32)
-    assert len(names) == 7 * 32
-    checkpoint_blocks(model.train())
-    tokens = torch.zeros(TOKENS, dtype=torch.long, device="meta")
-    hidden = model.hidden(tokens, Layout.of_lengths([TOKENS], tokens.device))
-    assert (hidden.shape, hidden.dtype) == ((TOKENS, 4096), torch.bfloat16)
-    model.logits(hidden).float().sum().backward()
+    model: Any = run.base.model
+    assert {t.device.type for t in [*model.parameters(), *model.buffers()]} == {"meta"}
+    linears = 32 * (2 * 4096 * 4096 + 2 * 1024 * 4096 + 3 * 4096 * 14336)
+    assert bytes_of(model) / linears == pytest.approx(4.127 / 8, rel=2e-3)
+    assert len(run.adapted) == 7 * 32
+
     trained = trainable_parameters(model)
-    assert len(trained) == 2 * 7 * 32
+    optimizer = recipe.optimizer.record.build(trained, recipe.optimizer.options)
+    batch = next(iter(run.plan.windows(0, 0)))[0].to(meta)
+    hidden = model.hidden(batch.tokens, batch.layout)
+    assert (hidden.shape, hidden.dtype) == ((len(batch.tokens), 4096), torch.bfloat16)
+    # Not the loss: which tokens are trained depends on values.
+    model.logits(hidden).float().sum().backward()
+    assert len(trained) == len(optimizer.param_groups[0]["params"]) == 2 * 7 * 32
     assert all(p.grad is not None and p.grad.shape == p.shape for p in trained)
 
 
