@@ -61,7 +61,7 @@ def lorakit_weight_formats() -> list[WeightFormat]:
     return [
         WeightFormat(
             name="gguf",
-            summary="GGUF files (llama architecture), dequantized while they are read",
+            summary="GGUF files (llama, mistral, gemma, phi3, qwen), dequantized while read",
             claims=_claims_file,
             open=_open,
         )

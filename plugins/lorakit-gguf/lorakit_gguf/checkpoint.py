@@ -54,9 +54,8 @@ class GGUFCheckpoint:
             config["vocab_size"] = file.get(f"{architecture.name}.vocab_size", int)
         if vocabulary:
             vocabulary.check_size(config["vocab_size"])
-            config |= {
-                f"{role}_token_id": vocabulary.ids.get(role) for role in ("bos", "eos", "pad")
-            }
+        ids = vocabulary.ids if vocabulary else {}
+        config |= {f"{role}_token_id": ids.get(role) for role in ("bos", "eos", "pad")}
         config["torch_dtype"] = str(file.main_dtype()).removeprefix("torch.")
         architecture.check(file, config)
         return cls(path, config, file, architecture, vocabulary)
@@ -85,7 +84,10 @@ class GGUFCheckpoint:
         return {_ONLY_SHARD: specs}
 
     def tensors(self, shard: str | None = None) -> Iterator[tuple[str, Tensor]]:
-        """Each tensor in the file's order: F16 and BF16 as they are, all others in float32."""
+        """Each tensor in the file's order: F16 and BF16 as they are, all others in float32.
+
+        Its pages leave resident memory when the next one is asked for.
+        """
         if shard not in (None, _ONLY_SHARD):
             raise KeyError(shard)
         for name in self._file.tensors:
@@ -93,3 +95,4 @@ class GGUFCheckpoint:
                 slot, hugging_face = found
                 tensor = self._file.tensor(name)
                 yield hugging_face, slot.fix(tensor, self.config) if slot.fix else tensor
+                self._file.release(name)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import mmap
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,6 +13,7 @@ from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 
 import gguf
 from lorakit.errors import UserError, listing
+from lorakit.weights.mapped import MappedFile
 from lorakit_gguf.header import Header, StoredTensor, read_header
 
 _Type = GGMLQuantizationType
@@ -43,15 +43,13 @@ class GGUFFile:
     def __init__(self, path: Path) -> None:
         self.path = path
         try:
-            with path.open("rb") as file:
-                # Copy-on-write, so that numpy and torch may have writable views of the pages.
-                self._data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+            self._mapped = MappedFile(path)
         except ValueError:  # mmap's word for an empty file
             raise UserError(f"{path}: not a GGUF file: it is empty") from None
         except OSError as error:
             raise UserError(f"{path}: cannot be read: {error.strerror}") from None
         blocks = {kind.value: sizes for kind, sizes in GGML_QUANT_SIZES.items()}
-        header: Header = read_header(path, self._data, blocks)
+        header: Header = read_header(path, self._mapped.data, blocks)
         self.fields: Mapping[str, Any] = header.fields
         self.tensors: Mapping[str, StoredTensor] = header.tensors
         self._check_kind()
@@ -113,12 +111,17 @@ class GGUFFile:
         """
         stored = self.tensors[name]
         kind = _Type(stored.type)
-        data = np.frombuffer(self._data, np.uint8, stored.size, stored.offset)
+        data = np.frombuffer(self._mapped.data, np.uint8, stored.size, stored.offset)
         if kind in _PLAIN:
             as_numpy, as_torch = _PLAIN[kind]
             return torch.from_numpy(data.view(as_numpy)).view(as_torch).reshape(stored.shape)
         rows = data.reshape(*stored.shape[:-1], -1)
         return torch.from_numpy(gguf.quants.dequantize(rows, kind)).reshape(stored.shape)
+
+    def release(self, name: str) -> None:
+        """Takes the tensor's pages out of resident memory; see `lorakit.weights.mapped`."""
+        stored = self.tensors[name]
+        self._mapped.release(stored.offset, stored.offset + stored.size)
 
     def main_dtype(self) -> torch.dtype:
         """The dtype most of the values come out in."""

@@ -23,7 +23,7 @@ _HUGGING_FACE = "Take the model in Hugging Face's format (config.json and safete
 
 
 def rope_scaling(
-    file: GGUFFile, prefix: str, theta: float, head_dim: int, divisors: str
+    file: GGUFFile, prefix: str, theta: float, head_dim: int, divisors: str = ""
 ) -> dict[str, Any] | None:
     """config.json's `rope_scaling`, or None where nothing is scaled.
 
@@ -32,7 +32,7 @@ def rope_scaling(
         prefix: The architecture's name in metadata keys.
         theta: RoPE's base.
         head_dim: Width of a head, all of it rotary.
-        divisors: Name of the tensor with a divisor for each frequency.
+        divisors: Name of the tensor with a divisor for each frequency; empty if there is none.
 
     Raises:
         UserError: Scaled in a way that has no Hugging Face equivalent.
