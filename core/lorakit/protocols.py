@@ -99,7 +99,9 @@ class BaseCheckpoint(Protocol):
 
     def tensors(self, shard: str | None = None) -> Iterator[tuple[str, Tensor]]:
         """The tensors (of one shard) under Hugging Face names, one at a time, on the CPU.
-        Each may be backed by a memory map: copy before writing to it."""
+        Each may lie in a memory map of the file, whose pages are dropped when the next one is
+        asked for: it can be read later, as long as the file stays, but what was written to it is
+        lost.  Copy what is to be kept."""
         ...
 
 

@@ -106,7 +106,8 @@ class QuantizationScheme(Offer):
 
     Attributes:
         quantize: `quantize(linear, weight, options, compute_dtype)` returns the module that
-            takes the place of `linear`, whose own weight is still on the meta device.  It has
+            takes the place of `linear`, whose own weight is still on the meta device.  `weight`
+            may lie in the file's memory map, so the module keeps no reference to it.  It has
             `in_features`, `out_features`, `bias` and `dequantize() -> [out, in]`, and passes
             gradients to its input only (`lorakit.modules.StoredLinear` is a base class that
             does).
