@@ -13,12 +13,14 @@ from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
+from attrs import frozen
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from lorakit.data.batches import IGNORED, Batch
 from lorakit.modules.narrow import NarrowLinear, project, project_back
 from lorakit.protocols import CausalLM
+from lorakit.scratch import scratch
 
 CHUNK_ELEMENTS = 16 * 2**20
 """Logits in a chunk: 64 MB of fp32.  Larger chunks are no faster, on CPU they are slower."""
@@ -46,42 +48,19 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         """hidden `[N, D]`, weight `[V, D]` in its own dtype, labels `[N]`, cap 0 for none ->
         scalar, fp32 at least."""
         wide = torch.promote_types(hidden.dtype, torch.float32)
-        shape = min(chunk_tokens(len(weight)), len(labels)), len(weight)
-        # One set of buffers for all chunks: products in the dtype of the hidden states, all
-        # else in fp32.  Where that is the same dtype, it is the same buffer.
-        products = hidden.new_empty(shape)
-        scores = products if wide == hidden.dtype else products.new_empty(shape, dtype=wide)
-        bends = torch.empty_like(scores) if cap else None
         losses = torch.empty(len(labels), dtype=wide, device=hidden.device)
-        wanted = ctx.needs_input_grad[0]
-        gradient = torch.empty_like(hidden) if wanted else hidden.new_empty(0)
+        gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else hidden.new_empty(0)
         ctx.scale = FP16_GRADIENT_SCALE if hidden.dtype == torch.float16 else 1.0
-        for start in range(0, len(labels), max(1, shape[0])):
-            part = slice(start, start + shape[0])
+        for start in range(0, len(labels), chunk_tokens(len(weight))):
+            part = slice(start, start + chunk_tokens(len(weight)))
             target = labels[part].unsqueeze(1)
-            product, score = products[: len(target)], scores[: len(target)]
-            bend = None if bends is None else bends[: len(target)]
-            project(hidden[part], weight, out=product)
-            if product is not score:
-                score.copy_(product)
-            if bend is not None:
-                torch.tanh(score.div_(cap), out=bend)
-                torch.mul(bend, cap, out=score)
-            score.sub_(score.amax(dim=1, keepdim=True))
-            picked = score.gather(1, target)
-            total = score.exp_().sum(dim=1, keepdim=True)
-            losses[part] = (total.log() - picked).squeeze(1)
-            if not wanted:
-                continue
-            score.scatter_add_(1, target, -total)
-            if bend is not None:
-                # d tanh(u) = 1 - tanh(u)^2.
-                score.mul_(bend.square_().neg_().add_(1))
-            # Divided before it is narrowed: a sum over the vocabulary does not fit fp16.
-            score.mul_(ctx.scale / total)
-            if product is not score:
-                product.copy_(score)
-            project_back(product, weight, out=gradient[part])
+            buffers = _Buffers.of((len(target), len(weight)), hidden, wide, bool(cap))
+            project(hidden[part], weight, out=buffers.product)
+            loss, total = _softmax_loss_(buffers, target, cap)
+            losses[part] = loss
+            if ctx.needs_input_grad[0]:
+                _slopes_(buffers, target, total, ctx.scale)
+                project_back(buffers.product, weight, out=gradient[part])
         ctx.save_for_backward(gradient)
         return losses.sum()
 
@@ -90,6 +69,56 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         (gradient,) = ctx.saved_tensors
         factor = (upstream[0] / ctx.scale).to(gradient.dtype)
         return gradient * factor, None, None, None
+
+
+@frozen
+class _Buffers:
+    """A chunk's memory, which all chunks share; each `[n, V]`.
+
+    Attributes:
+        score: f(z), then what follows from it, in fp32.
+        product: What goes in and out of products, in the dtype of the hidden states: the same
+            memory as `score` if that is fp32.
+        bend: tanh(z / cap), if there is a cap.
+    """
+
+    score: Tensor
+    product: Tensor
+    bend: Tensor | None
+
+    @classmethod
+    def of(cls, shape: tuple[int, int], like: Tensor, wide: torch.dtype, capped: bool) -> _Buffers:
+        dtypes = [wide, *[wide] * capped, *[like.dtype] * (like.dtype != wide)]
+        made = scratch("logits", like, *((shape, dtype) for dtype in dtypes))
+        product = made[-1] if like.dtype != wide else made[0]
+        return cls(made[0], product, made[1] if capped else None)
+
+
+def _softmax_loss_(buffers: _Buffers, target: Tensor, cap: float) -> tuple[Tensor, Tensor]:
+    """Losses `[n]` and s `[n, 1]`, of the z in `product`; leaves e in `score`."""
+    score = buffers.score
+    if buffers.product is not score:
+        score.copy_(buffers.product)
+    if buffers.bend is not None:
+        torch.tanh(score.div_(cap), out=buffers.bend)
+        torch.mul(buffers.bend, cap, out=score)
+    score.sub_(score.amax(dim=1, keepdim=True))
+    picked = score.gather(1, target)
+    total = score.exp_().sum(dim=1, keepdim=True)
+    return (total.log() - picked).squeeze(1), total
+
+
+def _slopes_(buffers: _Buffers, target: Tensor, total: Tensor, scale: float) -> None:
+    """The losses' gradient in z, times `scale`, into `product`; takes e in `score`."""
+    score = buffers.score
+    score.scatter_add_(1, target, -total)
+    if buffers.bend is not None:
+        # d tanh(u) = 1 - tanh(u)^2.
+        score.mul_(buffers.bend.square_().neg_().add_(1))
+    # Divided before it is narrowed: a sum over the vocabulary does not fit fp16.
+    score.mul_(scale / total)
+    if buffers.product is not score:
+        buffers.product.copy_(score)
 
 
 def cross_entropy_sum(model: CausalLM, hidden: Tensor, labels: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from lorakit.modules.frozen import StoredLinear
+from lorakit.scratch import scratch
 
 BLOCK_ELEMENTS = 16 * 2**20
 """Weights widened at a time: 64 MB of fp32.  Smaller blocks make narrow, slower products."""
@@ -30,7 +31,7 @@ def row_blocks(weight: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, Tens
         yield slice(0, len(weight)), weight
         return
     count = min(len(weight), max(1, BLOCK_ELEMENTS // weight.shape[1]))
-    buffer = weight.new_empty(count, weight.shape[1], dtype=dtype)
+    (buffer,) = scratch("rows", weight, ((count, weight.shape[1]), dtype))
     for start in range(0, len(weight), count):
         rows = slice(start, min(start + count, len(weight)))
         yield rows, buffer[: rows.stop - start].copy_(weight[rows])
