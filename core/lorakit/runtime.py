@@ -2,7 +2,8 @@
 
 On Linux with glibc, every large tensor is by default given back to the kernel when it is freed
 and faulted in again when the next one is made: 15 to 26% of a CPU run's time.  Raising the two
-thresholds of malloc keeps that memory in the process.
+thresholds of malloc keeps that memory in the process.  On AMD processors with AVX-512, oneDNN computes the
+products that MKL is slow at: see `lorakit.modules.matmul`.
 
 LORAKIT_TUNE=0 leaves the process as it is.
 """
@@ -14,8 +15,11 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
+
+from lorakit.modules.matmul import use_onednn
 
 M_TRIM_THRESHOLD = -1
 M_MMAP_THRESHOLD = -3
@@ -32,6 +36,8 @@ def tune_process(device: torch.device) -> str | None:
         done.append("large tensors' memory is kept for reuse")
     if torch.set_flush_denormal(True):
         done.append("denormals count as zero")
+    if prefers_onednn() and use_onednn(True):
+        done.append("fp32 products by oneDNN")
     if not done:
         return None
     return f"process: {', '.join(done)} (LORAKIT_TUNE=0 turns this off)"
@@ -56,6 +62,18 @@ def tensors_in_own_pages() -> Iterator[None]:
 
 _tuned = {"malloc": False}
 """What `tune_process` has done to this process."""
+
+
+def prefers_onednn(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
+    """Whether this CPU has AVX-512 and is not Intel's: MKL keeps to AVX2 there."""
+    if torch.backends.cpu.get_cpu_capability() != "AVX512":
+        return False
+    try:
+        lines = cpuinfo.read_text(encoding="ascii", errors="replace").splitlines()
+    except OSError:
+        return False
+    vendors = {line.partition(":")[2].strip() for line in lines if line.startswith("vendor_id")}
+    return bool(vendors) and "GenuineIntel" not in vendors
 
 
 def _raise_malloc_thresholds() -> bool:

@@ -17,7 +17,7 @@ from torch.autograd.function import once_differentiable
 from lorakit.modules.low_rank import (
     KEPT,
     LowRank,
-    backward_product,
+    backward_products,
     forward_product,
     low_ranks_of,
     trained,
@@ -82,15 +82,11 @@ class _Gated(torch.autograd.Function):
             leaf = g.detach().requires_grad_()
             a = ctx.activation(leaf)
         h = a.detach() * u
-        dh = torch.empty_like(h)
-        of_down = backward_product(down, h, dy, kept[-KEPT:], dh, first=True)
+        dh, of_down = backward_products([down], h, [dy], kept[-KEPT:])
+        assert dh is not None
         # One [T, F] after the other is given back, or written over by the next.
         du = torch.mul(a.detach(), dh, out=h)
         (dg,) = torch.autograd.grad(a, leaf, dh.mul_(u))
         dmade = [dg, du] if len(made) == 2 else [torch.cat([dg, du], dim=-1)]
-        dx = torch.empty_like(x) if ctx.needs_input_grad[0] else None
-        gradients: list[Tensor | None] = []
-        for index, (part, d) in enumerate(zip(inner, dmade, strict=True)):
-            mine = kept[KEPT * index : KEPT * (index + 1)]
-            gradients += backward_product(part, x, d, mine, dx, first=index == 0)
+        dx, gradients = backward_products(inner, x, dmade, kept, wanted=ctx.needs_input_grad[0])
         return dx, None, None, *gradients, *of_down

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from lorakit.modules.frozen import StoredLinear, materialized
+from lorakit.modules.matmul import times, times_transposed
 from lorakit.modules.narrow import NarrowLinear
 
 
@@ -123,11 +124,7 @@ class _Projections(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *dys: Tensor) -> tuple[Tensor | None, ...]:
         x, *kept = ctx.saved_tensors
-        dx = torch.empty_like(x) if ctx.needs_input_grad[0] else None
-        gradients: list[Tensor | None] = []
-        for index, (part, dy) in enumerate(zip(ctx.parts, dys, strict=True)):
-            mine = kept[KEPT * index : KEPT * (index + 1)]
-            gradients += backward_product(part, x, dy, mine, dx, first=index == 0)
+        dx, gradients = backward_products(ctx.parts, x, dys, kept, wanted=ctx.needs_input_grad[0])
         return dx, None, *gradients
 
 
@@ -152,7 +149,7 @@ class Product:
 def forward_product(part: LowRank, x: Tensor) -> Product:
     """One layer's forward pass.  x `[T, in]`."""
     weight = weight_of(part.base, x)
-    y = x @ weight.t()
+    y = times_transposed(x, weight)
     bias = getattr(part.base, "bias", None)
     low = dropped = ratio = None
     if part.down is not None and part.up is not None:
@@ -169,28 +166,45 @@ def forward_product(part: LowRank, x: Tensor) -> Product:
     return Product(y, (low, dropped, y if ratio is not None else None, ratio))
 
 
-def backward_product(
+def backward_products(
+    parts: Sequence[LowRank],
+    x: Tensor,
+    dys: Sequence[Tensor],
+    kept: Sequence[Tensor | None],
+    *,
+    wanted: bool = True,
+) -> tuple[Tensor | None, list[Tensor | None]]:
+    """The backward pass of layers that share an input.
+
+    Args:
+        parts: The layers.
+        x: Their input `[T, in]`.
+        dys: The gradients of their results `[T, out]`.
+        kept: What each kept, one after the other; see `Product`.
+        wanted: Whether anybody needs the input's gradient.
+
+    Returns:
+        The gradient of x, and those of each layer's A, B and m.
+    """
+    dx: Tensor | None = None
+    gradients: list[Tensor | None] = []
+    for index, (part, dy) in enumerate(zip(parts, dys, strict=True)):
+        mine = kept[KEPT * index : KEPT * (index + 1)]
+        dx, of_part = _backward_product(part, x, dy, mine, dx, wanted=wanted)
+        gradients += of_part
+    return dx, gradients
+
+
+def _backward_product(
     part: LowRank,
     x: Tensor,
     dy: Tensor,
     kept: Sequence[Tensor | None],
     dx: Tensor | None,
     *,
-    first: bool,
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """One layer's backward pass.
-
-    Args:
-        part: The layer.
-        x: Its input `[T, in]`.
-        dy: The gradient of its result `[T, out]`.
-        kept: As `Product.kept`.
-        dx: Where the input's gradient goes `[T, in]`; None where nobody needs it.
-        first: Write dx, instead of adding to it.
-
-    Returns:
-        The gradients of A, B and m.
-    """
+    wanted: bool,
+) -> tuple[Tensor | None, tuple[Tensor | None, Tensor | None, Tensor | None]]:
+    """One layer's; `dx` is the input's gradient so far, and may be written over."""
     low, dropped, y, ratio = kept
     d_down = d_up = d_magnitude = None
     if ratio is not None and y is not None and part.magnitude is not None:
@@ -201,8 +215,8 @@ def backward_product(
         summed = (dy * inner).sum(dim=0, dtype=magnitude.dtype)
         d_magnitude = torch.where(magnitude == 0, 0, summed / magnitude)
         dy = dy * ratio
-    if dx is not None:
-        dx.addmm_(dy, weight_of(part.base, dy), beta=0 if first else 1)
+    if wanted:
+        dx = times(dy, weight_of(part.base, dy), plus=dx)
     if low is not None and part.down is not None and part.up is not None:
         d_low = (dy @ part.up.to(dy.dtype)).mul_(part.scale)
         # As [r, T] @ [T, out]: the other way round, such thin products take many times as long.
@@ -214,7 +228,7 @@ def backward_product(
                 dx.addmm_(d_low, down)
             else:
                 dx.add_(without(d_low @ down, dropped, part.dropout))
-    return d_down, d_up, d_magnitude
+    return dx, (d_down, d_up, d_magnitude)
 
 
 def weight_of(base: nn.Module, like: Tensor) -> Tensor:

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from lorakit.modules.matmul import times_into, times_transposed_into
+
 from lorakit.modules.frozen import StoredLinear
 from lorakit.scratch import scratch
 
@@ -81,13 +83,13 @@ class _NarrowProduct(torch.autograd.Function):
 def project(x: Tensor, weight: Tensor, *, out: Tensor) -> None:
     """out = x W^T: x `[N, in]`, W `[out, in]` in any float, out `[N, out]`."""
     for rows, block in row_blocks(weight, x.dtype):
-        torch.mm(x, block.t(), out=out[:, rows])
+        times_transposed_into(out[:, rows], x, block)
 
 
 def project_back(dy: Tensor, weight: Tensor, *, out: Tensor) -> None:
     """out = dy W: dy `[N, out]`, W `[out, in]` in any float, out `[N, in]`."""
     for rows, block in row_blocks(weight, dy.dtype):
-        out.addmm_(dy[:, rows], block, beta=0 if rows.start == 0 else 1)
+        times_into(out, dy[:, rows], block, add=rows.start > 0)
 
 
 class NarrowEmbedding(nn.Embedding):

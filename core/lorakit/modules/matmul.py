@@ -1,0 +1,71 @@
+"""Products with a frozen weight, by whichever library of torch's is the faster on this CPU.
+
+torch computes fp32 products with Intel's MKL, which on AMD processors does not use AVX-512: there
+oneDNN, which torch carries as well, is more than twice as fast (on a Zen 5 core 250 GFLOP/s
+where MKL reaches 110).  `lorakit.runtime` decides once, by the processor, so that a run is
+repeated bit for bit on the same machine.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_linear: Any = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
+_chosen = {"onednn": False}
+
+
+def use_onednn(on: bool) -> bool:
+    """Has fp32 products on the CPU computed by oneDNN, where torch has it; returns whether."""
+    _chosen["onednn"] = on and _linear is not None and torch.backends.mkldnn.is_available()
+    return _chosen["onednn"]
+
+
+def times_transposed(x: Tensor, weight: Tensor) -> Tensor:
+    """x W^T `[T, out]`, of x `[T, in]` and W `[out, in]`."""
+    if _by_onednn(x, weight):
+        y: Tensor = _linear(x, weight, None, "none", [], "")
+        return y
+    return x @ weight.t()
+
+
+def times(dy: Tensor, weight: Tensor, plus: Tensor | None = None) -> Tensor:
+    """dy W, plus a `[T, in]` that may be written over: of dy `[T, out]` and W `[out, in]`."""
+    if _by_onednn(dy, weight):
+        dx: Tensor
+        if plus is None:
+            dx = _linear(dy, weight.t(), None, "none", [], "")
+        else:
+            dx = _linear.binary(dy, plus, weight.t(), None, "add")
+        return dx
+    return dy @ weight if plus is None else plus.addmm_(dy, weight)
+
+
+def times_transposed_into(out: Tensor, x: Tensor, weight: Tensor) -> None:
+    """out = x W^T."""
+    if _by_onednn(x, weight):
+        # oneDNN's product cannot be written into a given tensor; copying it costs far less.
+        out.copy_(times_transposed(x, weight))
+    else:
+        torch.mm(x, weight.t(), out=out)
+
+
+def times_into(out: Tensor, dy: Tensor, weight: Tensor, *, add: bool) -> None:
+    """out = dy W, or out += dy W."""
+    if _by_onednn(dy, weight):
+        out.copy_(times(dy, weight, plus=out if add else None))
+    else:
+        out.addmm_(dy, weight, beta=1 if add else 0)
+
+
+def _by_onednn(x: Tensor, weight: Tensor) -> bool:
+    return (
+        _chosen["onednn"]
+        and x.dtype == weight.dtype == torch.float32
+        # Not a fake or meta tensor, nor on another device; one row is no matrix product.
+        and type(x) is Tensor
+        and x.device.type == weight.device.type == "cpu"
+        and len(x) > 1
+    )
