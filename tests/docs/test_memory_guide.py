@@ -18,6 +18,7 @@ def test_its_recipe_resolves(tmp_path: Path):
     ((name, table),) = tomli.loads(block).items()
     del table["extends"]
     (tmp_path / "data.jsonl").write_text("{}\n")
+    table["output"] = str(tmp_path / "run")
     table["model"] = {"name": "llama", "path": str(tmp_path)}
     table["data"] = {"name": "messages", "path": str(tmp_path / "data.jsonl")}
     recipe = resolve_table(name, table)
