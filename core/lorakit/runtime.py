@@ -2,8 +2,8 @@
 
 On Linux with glibc, every large tensor is by default given back to the kernel when it is freed
 and faulted in again when the next one is made: 15 to 26% of a CPU run's time.  Raising the two
-thresholds of malloc keeps that memory in the process.  On AMD processors with AVX-512, oneDNN computes the
-products that MKL is slow at: see `lorakit.modules.matmul`.
+thresholds of malloc keeps that memory in the process.  On AMD processors with AVX-512, oneDNN
+computes the products that MKL is slow at: see `lorakit.modules.matmul`.
 
 LORAKIT_TUNE=0 leaves the process as it is.
 """

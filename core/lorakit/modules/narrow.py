@@ -9,9 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from lorakit.modules.matmul import times_into, times_transposed_into
-
 from lorakit.modules.frozen import StoredLinear
+from lorakit.modules.matmul import times_into, times_transposed_into
 from lorakit.scratch import scratch
 
 BLOCK_ELEMENTS = 16 * 2**20
