@@ -19,8 +19,6 @@ from pathlib import Path
 
 import torch
 
-from lorakit.modules.matmul import use_onednn
-
 M_TRIM_THRESHOLD = -1
 M_MMAP_THRESHOLD = -3
 KEEP_BYTES = 2**30
@@ -31,6 +29,9 @@ def tune_process(device: torch.device) -> str | None:
     """Applies the settings; returns one line for the log, or None where none was made."""
     if os.environ.get("LORAKIT_TUNE") == "0" or device.type != "cpu":
         return None
+    # Here, since modules take their buffers by this module's settings.
+    from lorakit.modules.matmul import use_onednn
+
     done = []
     if _raise_malloc_thresholds():
         done.append("large tensors' memory is kept for reuse")
