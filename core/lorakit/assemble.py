@@ -193,8 +193,7 @@ def assemble(recipe: Recipe, progress: Progress, *, weights: bool = True) -> Run
     base.model.train()
     training = recipe.training
     offload = offload_to_host(device) if training.activation_offloading else None
-    if training.activation_checkpointing:
-        checkpoint_blocks(base.causal_lm, offload)
+    checkpoint_blocks(base.causal_lm, str(training.activation_checkpointing), offload)
     set_fused(training.fused)
     if training.compile:
         compile_blocks(base.causal_lm)

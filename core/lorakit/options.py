@@ -10,6 +10,8 @@ import attrs
 from attrs import field, frozen
 from attrs.validators import ge, gt, in_, le, lt, min_len
 
+from lorakit.errors import did_you_mean, listing
+
 
 @frozen(kw_only=True)
 class NoOptions:
@@ -122,6 +124,13 @@ class ScheduleOptions:
         return self.warmup_steps or int(self.warmup_ratio * total_steps)
 
 
+CHECKPOINTING_MODES = ("none", "selective", "block")
+
+
+def _checkpointing_mode(value: bool | str) -> str:
+    return value if isinstance(value, str) else ("block" if value else "none")
+
+
 @frozen(kw_only=True)
 class TrainingOptions:
     """`[training]`: the loop's own keys.
@@ -132,10 +141,11 @@ class TrainingOptions:
         gradient_accumulation_steps: Micro-batches in an optimizer step.
         max_steps: Stop after so many optimizer steps; 0 means no limit.
         max_grad_norm: Clip the gradients' global 2-norm to this; 0 means never.
-        activation_checkpointing: Keep only each block's input, and compute the block again in
-            the backward pass: less memory, about a third more time.
-        activation_offloading: Move those inputs to host memory until the backward pass needs
-            them.  On CUDA; elsewhere they are there already.
+        activation_checkpointing: Keep less for the backward pass, and compute it again there.
+            `selective` computes the norms and the feed-forward layers again; `block` (or true)
+            keeps only each block's input, the least; `none` (or false) keeps all.
+        activation_offloading: Move the blocks' inputs to host memory until the backward pass
+            needs them.  On CUDA; elsewhere they are there already.
         compile: Run each block through torch.compile.
         fused: Hand-written backward passes that keep little; false computes the same by plain
             autograd, with about twice the memory for activations.
@@ -146,15 +156,22 @@ class TrainingOptions:
     gradient_accumulation_steps: int = field(default=1, validator=ge(1))
     max_steps: int = field(default=0, validator=ge(0))
     max_grad_norm: float = field(default=1.0, validator=ge(0.0))
-    activation_checkpointing: bool = False
+    activation_checkpointing: bool | str = field(default="none", converter=_checkpointing_mode)
     activation_offloading: bool = field(default=False)
     compile: bool = False
     fused: bool = True
 
+    @activation_checkpointing.validator
+    def _is_a_mode(self, _: attrs.Attribute[bool | str], value: bool | str) -> None:
+        if isinstance(value, str) and value not in CHECKPOINTING_MODES:
+            hint = did_you_mean(value, CHECKPOINTING_MODES)
+            known = listing(("true", "false", *CHECKPOINTING_MODES))
+            raise ValueError(f'"{value}" is none of {known}{hint}')
+
     @activation_offloading.validator
     def _offloads_what_checkpointing_keeps(self, _: attrs.Attribute[bool], value: bool) -> None:
-        if value and not self.activation_checkpointing:
-            raise ValueError("activation_offloading needs activation_checkpointing = true")
+        if value and self.activation_checkpointing != "block":
+            raise ValueError('activation_offloading needs activation_checkpointing = "block"')
 
 
 @frozen(kw_only=True)

@@ -71,7 +71,7 @@ def test_gradients_are_those_without_and_copies_are_ahead_of_their_use():
     x = torch.randn(5, 8, requires_grad=True)
     expected = gradients(Blocks(4), x)
     model, copies = Blocks(4), FakeCopies()
-    checkpoint_blocks(model, ActivationOffload(copies))
+    checkpoint_blocks(model, offload=ActivationOffload(copies))
     for found, wanted in zip(gradients(model, x), expected, strict=True):
         assert torch.equal(found, wanted)
     # The last block's input stays; each other is on its way back while the next is in use.
@@ -85,7 +85,7 @@ def test_gradients_are_those_without_and_copies_are_ahead_of_their_use():
 
 def test_memory_is_let_go_on_the_device_at_once_and_on_the_host_after_the_backward_pass():
     model, copies = Blocks(4), FakeCopies()
-    checkpoint_blocks(model, ActivationOffload(copies))
+    checkpoint_blocks(model, offload=ActivationOffload(copies))
     for step in range(2):
         # Not a leaf, which autograd would keep.
         x = torch.randn(5, 8, requires_grad=True) * 2
@@ -103,7 +103,7 @@ def test_memory_is_let_go_on_the_device_at_once_and_on_the_host_after_the_backwa
 
 def test_a_graph_that_is_kept_can_be_run_backward_twice():
     model = Blocks(3)
-    checkpoint_blocks(model, ActivationOffload(FakeCopies()))
+    checkpoint_blocks(model, offload=ActivationOffload(FakeCopies()))
     x = torch.randn(5, 8, requires_grad=True)
     loss = model(x).sum()
     (first,) = torch.autograd.grad(loss, x, retain_graph=True)

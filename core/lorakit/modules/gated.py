@@ -2,7 +2,8 @@
 
 y = down(act(g) * u), with g and u from x.  Plain autograd keeps act(g), the product and the inputs
 of all layers besides; here it is x, g, u and the thin products of the adapters: the rest is
-computed again from those, which takes no large matrix product.
+computed again from those, which takes no large matrix product.  Where memory is short, g and u are
+computed again too, which takes two.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.utils.checkpoint import checkpoint
 
 from lorakit.modules.low_rank import (
     KEPT,
@@ -26,7 +28,14 @@ from lorakit.modules.low_rank import (
 Activation = Callable[[Tensor], Tensor]
 
 
-def gated(x: Tensor, inner: Sequence[nn.Module], down: nn.Module, activation: Activation) -> Tensor:
+def gated(
+    x: Tensor,
+    inner: Sequence[nn.Module],
+    down: nn.Module,
+    activation: Activation,
+    *,
+    recompute: bool = False,
+) -> Tensor:
     """down(activation(g) * u).
 
     Args:
@@ -34,13 +43,24 @@ def gated(x: Tensor, inner: Sequence[nn.Module], down: nn.Module, activation: Ac
         inner: Give g and u: a layer each, or one `[2F, D]` for both, g's rows first.
         down: `[D, F]`.
         activation: Applied to g.
+        recompute: Compute g and u again in the backward pass.
     """
     parts = low_ranks_of([*inner, down])
-    if parts is None:
-        g, u = halves([layer(x) for layer in inner])
-        y: Tensor = down(activation(g) * u)
-        return y
-    y = _Gated.apply(x, parts, activation, *trained(parts))
+    y: Tensor
+    if parts is not None:
+        y = _Gated.apply(x, parts, activation, recompute, *trained(parts))
+    elif recompute:
+        y = checkpoint(_by_autograd, x, inner, down, activation, use_reentrant=False)
+    else:
+        y = _by_autograd(x, inner, down, activation)
+    return y
+
+
+def _by_autograd(
+    x: Tensor, inner: Sequence[nn.Module], down: nn.Module, activation: Activation
+) -> Tensor:
+    g, u = halves([layer(x) for layer in inner])
+    y: Tensor = down(activation(g) * u)
     return y
 
 
@@ -60,15 +80,19 @@ class _Gated(torch.autograd.Function):
         x: Tensor,
         parts: list[LowRank],
         activation: Activation,
+        recompute: bool,
         *parameters: Tensor | None,
     ) -> Tensor:
         results = [forward_product(part, x) for part in parts[:-1]]
         g, u = halves([result.y for result in results])
         h = activation(g).mul_(u)
         last = forward_product(parts[-1], h)
-        ctx.parts, ctx.activation = parts, activation
-        kept = [tensor for result in [*results, last] for tensor in result.kept]
-        ctx.save_for_backward(x, *(result.y for result in results), *kept)
+        ctx.parts, ctx.activation, ctx.recompute = parts, activation, recompute
+        if recompute:
+            ctx.save_for_backward(x, *(result.dropped for result in results), *last.kept)
+        else:
+            kept = [tensor for result in [*results, last] for tensor in result.kept]
+            ctx.save_for_backward(x, *(result.y for result in results), *kept)
         return last.y
 
     @staticmethod
@@ -77,6 +101,10 @@ class _Gated(torch.autograd.Function):
         *inner, down = ctx.parts
         x, *saved = ctx.saved_tensors
         made, kept = saved[: len(inner)], saved[len(inner) :]
+        if ctx.recompute:
+            again = [forward_product(p, x, dropped) for p, dropped in zip(inner, made, strict=True)]
+            made = [result.y for result in again]
+            kept = [tensor for result in again for tensor in result.kept] + kept
         g, u = halves(made)
         with torch.enable_grad():
             leaf = g.detach().requires_grad_()
@@ -89,4 +117,4 @@ class _Gated(torch.autograd.Function):
         (dg,) = torch.autograd.grad(a, leaf, dh.mul_(u))
         dmade = [dg, du] if len(made) == 2 else [torch.cat([dg, du], dim=-1)]
         dx, gradients = backward_products(inner, x, dmade, kept, wanted=ctx.needs_input_grad[0])
-        return dx, None, None, *gradients, *of_down
+        return dx, None, None, None, *gradients, *of_down

@@ -145,17 +145,23 @@ class Product:
     y: Tensor
     kept: tuple[Tensor | None, ...]
 
+    @property
+    def dropped(self) -> Tensor | None:
+        return self.kept[1]
 
-def forward_product(part: LowRank, x: Tensor) -> Product:
-    """One layer's forward pass.  x `[T, in]`."""
+
+def forward_product(part: LowRank, x: Tensor, dropped: Tensor | None = None) -> Product:
+    """One layer's forward pass.  x `[T, in]`; `dropped` is which inputs an earlier one has
+    dropped, to repeat it."""
     weight = weight_of(part.base, x)
     y = times_transposed(x, weight)
     bias = getattr(part.base, "bias", None)
-    low = dropped = ratio = None
+    low = ratio = None
     if part.down is not None and part.up is not None:
         # The factors may be wider than the activations (fp32 beside bf16).
         down, up = part.down.to(x.dtype), part.up.to(x.dtype)
-        dropped = dropped_inputs(x, part.dropout)
+        if dropped is None:
+            dropped = dropped_inputs(x, part.dropout)
         low = without(x, dropped, part.dropout) @ down.t()
         y.addmm_(low, up.t(), alpha=part.scale)
         if part.magnitude is not None:

@@ -13,6 +13,9 @@ from lorakit.modules.gated import gated
 class GatedMLP(nn.Module):
     """y = down(act(gate(x)) * up(x)).
 
+    Attributes:
+        recompute: Compute both inner products again in the backward pass.
+
     Reference: Shazeer 2020, arXiv 2002.05202 (SwiGLU where act is SiLU).
     """
 
@@ -29,10 +32,12 @@ class GatedMLP(nn.Module):
         self.up_proj = nn.Linear(dim, hidden, bias=bias)
         self.down_proj = nn.Linear(hidden, dim, bias=bias)
         self.activation = activation
+        self.recompute = False
 
     def forward(self, x: Tensor) -> Tensor:
         """x `[T, D]` -> `[T, D]`."""
-        return gated(x, (self.gate_proj, self.up_proj), self.down_proj, self.activation)
+        inner = (self.gate_proj, self.up_proj)
+        return gated(x, inner, self.down_proj, self.activation, recompute=self.recompute)
 
 
 class FusedGatedMLP(nn.Module):
@@ -43,10 +48,12 @@ class FusedGatedMLP(nn.Module):
         self.gate_up_proj = nn.Linear(dim, 2 * hidden, bias=False)
         self.down_proj = nn.Linear(hidden, dim, bias=False)
         self.activation = activation
+        self.recompute = False
 
     def forward(self, x: Tensor) -> Tensor:
         """x `[T, D]` -> `[T, D]`."""
-        return gated(x, (self.gate_up_proj,), self.down_proj, self.activation)
+        inner = (self.gate_up_proj,)
+        return gated(x, inner, self.down_proj, self.activation, recompute=self.recompute)
 
 
 def gelu_tanh(x: Tensor) -> Tensor:

@@ -1,0 +1,188 @@
+"""Activation checkpointing: less is kept, and nothing changes."""
+
+from __future__ import annotations
+
+import gc
+
+import pytest
+import torch
+from torch import nn
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from lorakit.blocks import checkpoint_blocks
+from lorakit.errors import RecipeError
+from lorakit.modules import RMSNorm
+from lorakit.modules.low_rank import plain_path
+from lorakit.options import CHECKPOINTING_MODES
+from lorakit.recipes import resolve_recipe
+
+MODES = [mode for mode in CHECKPOINTING_MODES if mode not in ("none", "auto")]
+
+
+class LiveStorages(TorchDispatchMode):
+    """Knows what was made while it was on and is still held, whoever holds it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._made: dict[int, tuple[StorageWeakRef, int]] = {}
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, torch.Tensor):
+                storage = tensor.untyped_storage()
+                self._made[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())
+        return result
+
+    def bytes_beside(self, model: nn.Module) -> int:
+        own = {t.untyped_storage()._cdata for t in (*model.parameters(), *model.buffers())}
+        gc.collect()
+        return sum(
+            size for at, (ref, size) in self._made.items() if at not in own and not ref.expired()
+        )
+
+
+def kept_bytes(model, batch) -> tuple[int, int]:
+    """What is held after a forward pass, and once the backward pass is over too."""
+    with LiveStorages() as live:
+        total = model.hidden(batch.tokens, batch.layout).sum()
+        forward = live.bytes_beside(model)
+        total.backward()
+        model.zero_grad()
+        del total
+    return forward, live.bytes_beside(model)
+
+
+def assert_same(found, expected) -> None:
+    torch.testing.assert_close(found[0], expected[0], rtol=1e-6, atol=0)
+    assert found[1].keys() == expected[1].keys()
+    for name, gradient in expected[1].items():
+        scale = float(gradient.abs().max())
+        assert scale > 0, name
+        torch.testing.assert_close(found[1][name], gradient, rtol=0, atol=1e-6 * scale, msg=name)
+
+
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("adapter", ["lora", "dropout", "dora_dropout"])
+def test_gradients_are_those_without(
+    mode, model_type, adapter, fused, make_model, loss_and_gradients
+):
+    model = make_model(model_type, adapter)
+    if fused:
+        expected = loss_and_gradients(model)
+        checkpoint_blocks(model, mode)
+        assert_same(loss_and_gradients(model), expected)
+    else:
+        with plain_path():
+            expected = loss_and_gradients(model)
+            checkpoint_blocks(model, mode)
+            assert_same(loss_and_gradients(model), expected)
+
+
+@pytest.mark.parametrize("model_type", ["llama", "gemma2", "phi3", "qwen3"])
+def test_each_mode_keeps_less_than_the_one_before(model_type, make_model, make_batch):
+    kept = {}
+    for mode in ("none", "selective", "block"):
+        model = make_model(model_type)
+        checkpoint_blocks(model, mode)
+        kept[mode], after = kept_bytes(model, make_batch())
+        # Nothing but the layout's and the rotary tables, which belong to the batch.
+        assert after < 0.2 * kept["none"]
+    assert kept["selective"] < 0.75 * kept["none"]
+    assert kept["block"] < 0.5 * kept["selective"]
+
+
+def test_selective_keeps_neither_gate_nor_up_nor_what_norms_give(make_model, make_batch):
+    model = make_model("llama", num_hidden_layers=6, attention_bias=False, mlp_bias=False)
+    batch = make_batch()
+    before, _ = kept_bytes(model, batch)
+    checkpoint_blocks(model, "selective")
+    after, _ = kept_bytes(model, batch)
+    dim, inner, rank, layers = 32, 48, 3, 6
+    # With the thin products of gate and up, [T, r] each.  The first norm, whose input comes from
+    # a frozen embedding and needs no gradient, keeps its input for this alone.
+    a_token = layers * (2 * inner + 2 * rank + 2 * dim) - dim
+    assert before - after == a_token * len(batch.tokens) * 4
+
+
+class ThirdParty(nn.Module):
+    """A model of other modules than lorakit's."""
+
+    class Block(nn.Module):
+        def __init__(self, mlp_name: str) -> None:
+            super().__init__()
+            self.norm = RMSNorm(16, 1e-6)
+            self.mixer = nn.Linear(16, 16)
+            inner = nn.Sequential(nn.Linear(16, 64), nn.Dropout(0.3), nn.Tanh(), nn.Linear(64, 16))
+            setattr(self, mlp_name, inner)
+            self.inner = [inner]
+
+        def forward(self, x):
+            x = x + self.mixer(self.norm(x))
+            return x + self.inner[0](self.norm(x))
+
+    def __init__(self, mlp_name: str) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.blocks = nn.ModuleList(self.Block(mlp_name) for _ in range(3))
+        for block in self.blocks:
+            nn.init.normal_(block.norm.weight, 1.0, 0.2)
+
+    def hidden(self, x, layout=None):
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+
+@pytest.mark.parametrize("mlp_name", ["mlp", "feed_forward"])
+def test_other_blocks_are_recomputed_in_part_or_whole(mlp_name):
+    x = torch.randn(9, 16)
+
+    def run(model):
+        torch.manual_seed(1)
+        with LiveStorages() as live:
+            y = model.hidden(x).square().sum()
+            kept = live.bytes_beside(model)
+        y.backward()
+        return kept, [p.grad for p in model.parameters()]
+
+    kept, expected = run(ThirdParty(mlp_name))
+    model = ThirdParty(mlp_name)
+    checkpoint_blocks(model, "selective")
+    less, found = run(model)
+    assert less < 0.6 * kept
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_evaluation_is_left_alone(mode, make_model, make_batch):
+    batch = make_batch()
+    model = make_model("llama").eval()
+    with torch.no_grad():
+        expected = model.hidden(batch.tokens, batch.layout)
+        checkpoint_blocks(model, mode)
+        assert torch.equal(model.hidden(batch.tokens, batch.layout), expected)
+
+
+@pytest.mark.parametrize(
+    ("written", "means"), [("true", "block"), ("false", "none"), *((m, m) for m in MODES)]
+)
+def test_what_a_recipe_may_say(written, means, make_recipe):
+    value = {"true": True, "false": False}.get(written, written)
+    overrides = {"training.activation_checkpointing": value}
+    recipe = resolve_recipe(make_recipe(), overrides=overrides)
+    assert recipe.training.activation_checkpointing == means
+
+
+def test_another_word_is_refused_with_the_nearest(make_recipe):
+    with pytest.raises(
+        RecipeError, match=r"training\.activation_checkpointing.*selective"
+    ) as error:
+        resolve_recipe(make_recipe(), overrides={"training.activation_checkpointing": "selectiv"})
+    assert "did you mean 'selective'" in str(error.value)
+    with pytest.raises(RecipeError, match="true or false or a string"):
+        resolve_recipe(make_recipe(), overrides={"training.activation_checkpointing": 3})
