@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -28,6 +29,7 @@ from lorakit.loop import Limits, Result, train, trainable_parameters
 from lorakit.modules.low_rank import set_fused
 from lorakit.offloading import offload_to_host
 from lorakit.optimizer import build_optimizer
+from lorakit.profiling import profiled
 from lorakit.progress import TerminalProgress
 from lorakit.protocols import Precision, Progress, RunInfo, Snapshot, SnapshotStore
 from lorakit.recipes import Recipe
@@ -35,6 +37,7 @@ from lorakit.results import summary, write_merged, write_results
 from lorakit.run_directory import (
     ADAPTER,
     MERGED,
+    PROFILE,
     RECIPE,
     check_resumable,
     free_output,
@@ -275,7 +278,9 @@ def _fit(
         if keep.save_merged_each_epoch and not last:
             write_merged(run, recipe.output / f"{MERGED}-epoch-{state.epoch}", progress)
 
-    with stop_on_signals() as stop:
+    left = run.total_steps - state.step
+    record = profiled(optimizer, left, recipe.output / PROFILE, log)
+    with stop_on_signals() as stop, record if recipe.training.profile else nullcontext():
         train(
             run.base.causal_lm,
             run.plan,

@@ -121,6 +121,7 @@ def train(
                     "tokens": tokens,
                     "trained_tokens": trained,
                     "tokens_per_second": tokens / step_seconds,
+                    "trained_tokens_per_second": trained / step_seconds,
                     "step_seconds": step_seconds,
                     "data_seconds": seconds,
                     "peak_memory_bytes": peak_memory_bytes(device),

@@ -149,6 +149,7 @@ class TrainingOptions:
         compile: Run each block through torch.compile.
         fused: Hand-written backward passes that keep little; false computes the same by plain
             autograd, with about twice the memory for activations.
+        profile: Record two steps early in the run, in the run directory's `profile/`.
     """
 
     epochs: int = field(default=1, validator=ge(1))
@@ -160,6 +161,7 @@ class TrainingOptions:
     activation_offloading: bool = field(default=False)
     compile: bool = False
     fused: bool = True
+    profile: bool = False
 
     @activation_checkpointing.validator
     def _is_a_mode(self, _: attrs.Attribute[bool | str], value: bool | str) -> None:

@@ -16,6 +16,7 @@ RECIPE = "recipe.toml"
 ADAPTER = "adapter"
 MERGED = "merged"
 CHECKPOINTS = "checkpoints"
+PROFILE = "profile"
 
 FIXED = (
     "seed",

@@ -18,6 +18,7 @@ NUMBERS = (
     "tokens",
     "trained_tokens",
     "tokens_per_second",
+    "trained_tokens_per_second",
     "step_seconds",
     "data_seconds",
     "peak_memory_bytes",

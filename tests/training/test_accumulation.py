@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 FIXED_ORDER = {"data": {"shuffle": False}}
 KEYS = {
     "step", "epoch", "loss", "lr", "grad_norm", "tokens", "trained_tokens", "tokens_per_second",
+    "trained_tokens_per_second",
     "step_seconds", "peak_memory_bytes",
 }  # fmt: skip
 
