@@ -26,7 +26,7 @@ def use_onednn(on: bool) -> bool:
 def times_transposed(x: Tensor, weight: Tensor) -> Tensor:
     """x W^T `[T, out]`, of x `[T, in]` and W `[out, in]`."""
     if _by_onednn(x, weight):
-        y: Tensor = _linear(x, weight, None, "none", [], "")
+        y: Tensor = _linear(x.contiguous(), weight, None, "none", [], "")
         return y
     return x @ weight.t()
 
@@ -34,6 +34,8 @@ def times_transposed(x: Tensor, weight: Tensor) -> Tensor:
 def times(dy: Tensor, weight: Tensor, plus: Tensor | None = None) -> Tensor:
     """dy W, plus a `[T, in]` that may be written over: of dy `[T, out]` and W `[out, in]`."""
     if _by_onednn(dy, weight):
+        # Of a strided view, oneDNN takes a hundred times as long.
+        dy = dy.contiguous()
         dx: Tensor
         if plus is None:
             dx = _linear(dy, weight.t(), None, "none", [], "")
