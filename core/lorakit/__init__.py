@@ -25,6 +25,7 @@ def train(
     overrides: Mapping[str, Any] | None = None,
     output: str | Path | None = None,
     resume: bool = False,
+    check_memory: bool = True,
 ) -> Result:
     """Trains a recipe, as `lorakit train` does.
 
@@ -33,6 +34,7 @@ def train(
         overrides: Values by dotted key, as `--set` gives them: `{"training.max_steps": 5}`.
         output: The run directory, instead of the recipe's `output`.
         resume: Continue the run in the output directory.
+        check_memory: Refuse a run that cannot fit in memory.
 
     Returns:
         The result: `output` (the run directory), `steps` (optimizer steps done in all) and
@@ -46,4 +48,6 @@ def train(
     from lorakit.recipes import resolve_recipe
 
     resolved = resolve_recipe(recipe, overrides=overrides, output=output)
-    return run_recipe(resolved, resume=resume, fixed_output=output is not None)
+    return run_recipe(
+        resolved, resume=resume, fixed_output=output is not None, check_memory=check_memory
+    )

@@ -112,7 +112,13 @@ class Run:
         )
 
 
-def run_recipe(recipe: Recipe, *, resume: bool = False, fixed_output: bool = False) -> Result:
+def run_recipe(
+    recipe: Recipe,
+    *,
+    resume: bool = False,
+    fixed_output: bool = False,
+    check_memory: bool = True,
+) -> Result:
     """Trains a resolved recipe and writes its run directory.
 
     Args:
@@ -120,9 +126,10 @@ def run_recipe(recipe: Recipe, *, resume: bool = False, fixed_output: bool = Fal
         resume: Continue the run in the output directory, from its last checkpoint.
         fixed_output: The user named the output directory: it is an error for it to hold another
             run.  Else the next free name beside it is taken.
+        check_memory: Refuse a run that cannot fit in memory.
 
     Raises:
-        UserError: The recipe's data, model or output is wrong.
+        UserError: The recipe's data, model or output is wrong, or the run cannot fit.
         RunError: The run failed.
         Interrupted: A signal stopped it; it was saved.
     """
@@ -133,7 +140,7 @@ def run_recipe(recipe: Recipe, *, resume: bool = False, fixed_output: bool = Fal
         recipe = recipe.with_output(free_output(recipe.output, fixed_output))
         store = _open_store(recipe)
     progress = TerminalProgress()
-    run = assemble(recipe, progress)
+    run = assemble(recipe, progress, check_memory=check_memory)
     state = TrainState()
     optimizer = build_optimizer(
         recipe.optimizer.record,
@@ -164,21 +171,29 @@ def run_recipe(recipe: Recipe, *, resume: bool = False, fixed_output: bool = Fal
     return Result(recipe.output, state.step, state.loss)
 
 
-def assemble(recipe: Recipe, progress: Progress, *, weights: bool = True) -> Run:
+def assemble(
+    recipe: Recipe, progress: Progress, *, weights: bool = True, check_memory: bool = False
+) -> Run:
     """Builds the run: data, meta model, streamed weights, adapter.
 
     Args:
         recipe: Resolved.
         progress: Shows what takes long.
         weights: False leaves the base model on the meta device, for a dry run.
+        check_memory: Refuse a run that cannot fit, before its weights are loaded.
     """
     device = resolve_device(recipe.run.device)
-    tuned = tune_process(device)
+    tuned = tune_process(device, save_memory=recipe.training.saves_memory)
     precision = recipe.precision.record.resolve(device, recipe.precision.options)
     base = open_base_model(recipe.model.options.path, recipe.catalog, progress, family=recipe.model)
     data = recipe.data.options
     tokenizer = base.tokenizer.with_template(data.chat_template)
     dataset = load_dataset(recipe.data.record, data, tokenizer, progress)
+    plan = batch_plan(recipe, dataset)
+    if check_memory:
+        from lorakit.estimate.check import check_that_it_fits
+
+        check_that_it_fits(recipe, base.checkpoint, plan, device, precision)
     if weights:
         load_weights(
             base,
@@ -200,14 +215,6 @@ def assemble(recipe: Recipe, progress: Progress, *, weights: bool = True) -> Run
     set_fused(training.fused)
     if training.compile:
         compile_blocks(base.causal_lm)
-    plan = BatchPlan(
-        dataset=dataset,
-        seed=recipe.run.seed,
-        batch_size=training.batch_size,
-        window=training.gradient_accumulation_steps,
-        packed_length=data.max_seq_len if data.packed else 0,
-        shuffle=data.shuffle,
-    )
     total = sum(plan.steps(epoch) for epoch in range(training.epochs))
     total = min(total, training.max_steps) if training.max_steps else total
     notices = [n for n in (tuned, precision.notice, _optimizer_notice(recipe, device)) if n]
@@ -223,6 +230,19 @@ def assemble(recipe: Recipe, progress: Progress, *, weights: bool = True) -> Run
             "follows the run's length."
         )
     return Run(recipe, device, precision, base, tokenizer, adapted, dataset, plan, total, notices)
+
+
+def batch_plan(recipe: Recipe, dataset: Dataset) -> BatchPlan:
+    """The order of a recipe's data."""
+    training, data = recipe.training, recipe.data.options
+    return BatchPlan(
+        dataset=dataset,
+        seed=recipe.run.seed,
+        batch_size=training.batch_size,
+        window=training.gradient_accumulation_steps,
+        packed_length=data.max_seq_len if data.packed else 0,
+        shuffle=data.shuffle,
+    )
 
 
 def _optimizer_notice(recipe: Recipe, device: torch.device) -> str | None:

@@ -163,6 +163,11 @@ class TrainingOptions:
     fused: bool = True
     profile: bool = False
 
+    @property
+    def saves_memory(self) -> bool:
+        """Whether the recipe trades time for memory."""
+        return self.activation_checkpointing != "none"
+
     @activation_checkpointing.validator
     def _is_a_mode(self, _: attrs.Attribute[bool | str], value: bool | str) -> None:
         if isinstance(value, str) and value not in CHECKPOINTING_MODES:

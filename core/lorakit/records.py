@@ -196,11 +196,15 @@ class ModelSource(Offer):
             second call finds it in the cache and needs no network.  Raises `UserError` for a
             path that names nothing.
         examples: What such paths look like, for error messages.
+        fetch_configuration: `fetch_configuration(path, progress)` makes config.json and the
+            tokenizer's files local, and returns their directory, without the weights; None where
+            a source has no way to.
         hub_name: `hub_name(path)` gives the hub's repository and revision that such a path
             names, which an adapter then names as its base; None where a path is no hub's.
     """
 
     claims: Callable[[str], bool]
     fetch: Callable[[str, Progress], Path]
+    fetch_configuration: Callable[[str, Progress], Path] | None = None
     hub_name: Callable[[str], tuple[str, str | None]] | None = None
     examples: tuple[str, ...] = field(default=())

@@ -5,6 +5,10 @@ and faulted in again when the next one is made: 15 to 26% of a CPU run's time.  
 thresholds of malloc keeps that memory in the process.  On AMD processors with AVX-512, oneDNN
 computes the products that MKL is slow at: see `lorakit.modules.matmul`.
 
+What is kept is cut up, though: a heap of 1.3 GB was measured where at most 140 MB of it were in use
+at once.  A run that saves memory at the cost of time, by activation checkpointing, therefore gives
+tensors pages of their own.
+
 LORAKIT_TUNE=0 leaves the process as it is.
 """
 
@@ -23,18 +27,27 @@ M_TRIM_THRESHOLD = -1
 M_MMAP_THRESHOLD = -3
 KEEP_BYTES = 2**30
 OWN_PAGES_BYTES = 2**20
+GIVE_BACK_BYTES = 2**17
+LARGEST_DYNAMIC_BYTES = 2**25
+"""How far glibc raises the threshold on its own, as larger tensors are freed."""
 
 
-def tune_process(device: torch.device) -> str | None:
-    """Applies the settings; returns one line for the log, or None where none was made."""
-    if os.environ.get("LORAKIT_TUNE") == "0" or device.type != "cpu":
+def tune_process(device: torch.device, *, save_memory: bool = False) -> str | None:
+    """Applies the settings; returns one line for the log, or None where none was made.
+
+    Args:
+        device: Settings are for the CPU only.
+        save_memory: Give the memory of large tensors back as soon as they are freed.
+    """
+    if not is_tuned(device):
         return None
     # Here, since modules take their buffers by this module's settings.
     from lorakit.modules.matmul import use_onednn
 
     done = []
-    if _raise_malloc_thresholds():
-        done.append("large tensors' memory is kept for reuse")
+    if _set_malloc_thresholds(GIVE_BACK_BYTES if save_memory else KEEP_BYTES):
+        word = "given back at once" if save_memory else "kept for reuse"
+        done.append(f"large tensors' memory is {word}")
     if torch.set_flush_denormal(True):
         done.append("denormals count as zero")
     if prefers_onednn() and use_onednn(True):
@@ -51,17 +64,32 @@ def tensors_in_own_pages() -> Iterator[None]:
     Kept for reuse, the memory of what a quantization reads and frees would be cut up by what it
     keeps: measured, 25% more than the quantized model takes.
     """
-    tuned = _tuned["malloc"]
-    if tuned:
+    tuned = _tuned["threshold"]
+    if tuned > OWN_PAGES_BYTES:
         _mallopt(M_MMAP_THRESHOLD, OWN_PAGES_BYTES)
     try:
         yield
     finally:
-        if tuned:
-            _mallopt(M_MMAP_THRESHOLD, KEEP_BYTES)
+        if tuned > OWN_PAGES_BYTES:
+            _mallopt(M_MMAP_THRESHOLD, tuned)
 
 
-_tuned = {"malloc": False}
+def is_tuned(device: torch.device) -> bool:
+    """Whether `tune_process` does anything there."""
+    return os.environ.get("LORAKIT_TUNE") != "0" and device.type == "cpu"
+
+
+def own_pages_from(device: torch.device, *, save_memory: bool) -> int:
+    """From how many bytes on a tensor has pages of its own in such a process; smaller ones share
+    a heap.  0 where there is no such heap."""
+    if device.type != "cpu" or not sys.platform.startswith("linux"):
+        return 0
+    if not is_tuned(device):
+        return LARGEST_DYNAMIC_BYTES
+    return GIVE_BACK_BYTES if save_memory else KEEP_BYTES
+
+
+_tuned = {"threshold": 0}
 """What `tune_process` has done to this process."""
 
 
@@ -77,10 +105,10 @@ def prefers_onednn(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
     return bool(vendors) and "GenuineIntel" not in vendors
 
 
-def _raise_malloc_thresholds() -> bool:
-    raised = _mallopt(M_MMAP_THRESHOLD, KEEP_BYTES) and _mallopt(M_TRIM_THRESHOLD, KEEP_BYTES)
-    _tuned["malloc"] = raised
-    return raised
+def _set_malloc_thresholds(threshold: int) -> bool:
+    done = _mallopt(M_MMAP_THRESHOLD, threshold) and _mallopt(M_TRIM_THRESHOLD, threshold)
+    _tuned["threshold"] = threshold if done else 0
+    return done
 
 
 def _mallopt(setting: int, value: int) -> bool:

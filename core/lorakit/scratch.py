@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from math import prod
 
 import torch
@@ -12,7 +13,9 @@ from torch._subclasses.fake_tensor import FakeTensor
 from lorakit.runtime import tensors_in_own_pages
 
 _ALIGNMENT = 64
-_kept: dict[tuple[str, torch.device], Tensor] = {}
+Kept = dict[tuple[str, torch.device], Tensor]
+_kept: Kept = {}
+_kept_fakes: list[Kept] = []
 
 
 def scratch(
@@ -30,12 +33,13 @@ def scratch(
         like: Gives the device.
         wanted: A shape and a dtype each.
     """
-    if torch.compiler.is_compiling() or like.is_meta or isinstance(like, FakeTensor):
+    fake = isinstance(like, FakeTensor)
+    if torch.compiler.is_compiling() or like.is_meta or (fake and not _kept_fakes):
         # A compiler plans memory itself, and what has no memory needs none kept.
         return tuple(like.new_empty(shape, dtype=dtype) for shape, dtype in wanted)
     sizes = [prod(shape) * dtype.itemsize for shape, dtype in wanted]
     places = [-(-size // _ALIGNMENT) * _ALIGNMENT for size in sizes]
-    memory = _memory(use, like.device, sum(places))
+    memory = _memory(_kept_fakes[-1] if fake else _kept, use, like.device, sum(places))
     parts = memory[: sum(places)].split(places)
     return tuple(
         part[:size].view(dtype).view(*shape)
@@ -43,12 +47,23 @@ def scratch(
     )
 
 
-def _memory(use: str, device: torch.device, size: int) -> Tensor:
-    kept = _kept.get((use, device))
-    if kept is None or len(kept) < size:
+@contextmanager
+def fakes_kept() -> Iterator[Kept]:
+    """Within it, fake tensors' scratch memory is kept too, in the mapping given: whoever counts
+    what a run allocates has it count this once."""
+    _kept_fakes.append({})
+    try:
+        yield _kept_fakes[-1]
+    finally:
+        _kept_fakes.pop()
+
+
+def _memory(kept: Kept, use: str, device: torch.device, size: int) -> Tensor:
+    found = kept.get((use, device))
+    if found is None or len(found) < size:
         # Dropped first, so that old and new are never held at once.
-        del kept
-        _kept.pop((use, device), None)
+        del found
+        kept.pop((use, device), None)
         with torch.inference_mode(False), tensors_in_own_pages():
-            kept = _kept[use, device] = torch.empty(size, dtype=torch.uint8, device=device)
-    return kept
+            found = kept[use, device] = torch.empty(size, dtype=torch.uint8, device=device)
+    return found

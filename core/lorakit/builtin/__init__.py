@@ -192,6 +192,7 @@ def lorakit_model_sources() -> list[ModelSource]:
             summary="a repository of the Hugging Face hub",
             claims=hub.claims,
             fetch=hub.fetch,
+            fetch_configuration=hub.fetch_configuration,
             hub_name=hub.hub_name,
             examples=("owner/name", "owner/name@revision"),
         ),

@@ -57,6 +57,22 @@ def fetch(path: str, progress: Progress) -> Path:
     return snapshot
 
 
+def fetch_configuration(path: str, progress: Progress) -> Path:
+    """Downloads what `fetch` does but the weights.
+
+    Raises:
+        UserError: As `fetch`.
+    """
+    from lorakit.hub.repository import open_repository
+
+    hub_id = _parse(path)
+    repository = open_repository(hub_id)
+    names = list(repository.sizes)
+    weights = weight_files(names)
+    _check(hub_id, names, weights)
+    return repository.fetch(side_files(names, weights), progress)
+
+
 def _check(hub_id: HubId, names: Sequence[str], weights: Sequence[str]) -> None:
     if "config.json" not in names and not any(META_SHARD.fullmatch(n) for n in weights):
         raise UserError(

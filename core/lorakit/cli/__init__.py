@@ -9,6 +9,7 @@ import click
 
 from lorakit import __version__
 from lorakit.cli.adapters import eval_command, generate, merge
+from lorakit.cli.estimate import estimate
 from lorakit.cli.plugins import plugins
 from lorakit.cli.recipes import recipes
 from lorakit.cli.train import preview, train
@@ -37,7 +38,7 @@ def app() -> None:
     """Fine-tune large language models with LoRA on one device."""
 
 
-for command in (train, recipes, plugins, preview, merge, generate, eval_command):
+for command in (train, recipes, plugins, preview, estimate, merge, generate, eval_command):
     app.add_command(command)
 
 

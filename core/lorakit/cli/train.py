@@ -19,8 +19,16 @@ import click
 @click.option("--output", metavar="DIR", help="The run directory, instead of the recipe's.")
 @click.option("--resume", is_flag=True, help="Continue the run in the output directory.")
 @click.option("--dry-run", is_flag=True, help="Check everything, show the plan, train nothing.")
+@click.option(
+    "--no-memory-check", is_flag=True, help="Start even a run that is estimated not to fit."
+)
 def train(
-    recipe: str, overrides: tuple[str, ...], output: str | None, resume: bool, dry_run: bool
+    recipe: str,
+    overrides: tuple[str, ...],
+    output: str | None,
+    resume: bool,
+    dry_run: bool,
+    no_memory_check: bool,
 ) -> None:
     """Train RECIPE: the main job."""
     from lorakit.recipes import parse_override, resolve_recipe
@@ -37,7 +45,12 @@ def train(
         for line in run_dry(resolved):
             click.echo(line)
         return
-    run_recipe(resolved, resume=resume, fixed_output=output is not None)
+    run_recipe(
+        resolved,
+        resume=resume,
+        fixed_output=output is not None,
+        check_memory=not no_memory_check,
+    )
 
 
 @click.command()

@@ -9,7 +9,24 @@ from typing import Any
 from lorakit.catalog import Catalog
 from lorakit.errors import UserError, listing
 from lorakit.protocols import BaseCheckpoint, Progress
-from lorakit.records import ModelFamily
+from lorakit.records import ModelFamily, ModelSource
+
+
+def source_of(path: str, catalog: Catalog) -> ModelSource:
+    """The source a `model.path` is of.
+
+    Raises:
+        UserError: None claims it.
+    """
+    sources = catalog.all("model source")
+    claiming: list[ModelSource] = [source for source in sources if source.claims(path)]
+    if not claiming:
+        examples = listing([e for source in sources for e in source.examples])
+        raise UserError(
+            f"model.path: {path!r} is no directory or file here, and of no other model source",
+            f"Such paths look like: {examples}",
+        )
+    return claiming[0]
 
 
 def fetch_base(path: str, catalog: Catalog, progress: Progress) -> Path:
@@ -18,15 +35,7 @@ def fetch_base(path: str, catalog: Catalog, progress: Progress) -> Path:
     Raises:
         UserError: No source claims it, or its source cannot get it.
     """
-    sources = catalog.all("model source")
-    claiming = [source for source in sources if source.claims(path)]
-    if not claiming:
-        examples = listing([e for source in sources for e in source.examples])
-        raise UserError(
-            f"model.path: {path!r} is no directory or file here, and of no other model source",
-            f"Such paths look like: {examples}",
-        )
-    return claiming[0].fetch(path, progress)
+    return source_of(path, catalog).fetch(path, progress)
 
 
 def base_name(path: str, local: Path, catalog: Catalog) -> tuple[str, str | None]:

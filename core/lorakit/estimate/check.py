@@ -1,0 +1,112 @@
+"""Estimates as commands ask for them: before a run starts, and on their own."""
+
+from __future__ import annotations
+
+import gc
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from lorakit.base_model import build_on_meta, resolve_device
+from lorakit.data.batches import BatchPlan
+from lorakit.errors import UserError
+from lorakit.estimate.report import Report, compare, report_on, table
+from lorakit.estimate.room import room_on
+from lorakit.estimate.subject import (
+    largest_micro_batch,
+    measured_micro_batch,
+    open_shapes,
+    worst_micro_batch,
+)
+from lorakit.progress import TerminalProgress
+from lorakit.protocols import BaseCheckpoint, Precision
+from lorakit.recipes import Recipe
+from lorakit.runtime import tune_process
+
+GENEROUS = 8
+"""Times what a linear layer reads and writes: more than any training keeps of it."""
+SPARE = 2**30
+
+
+def check_that_it_fits(
+    recipe: Recipe,
+    base: BaseCheckpoint,
+    plan: BatchPlan,
+    device: torch.device,
+    precision: Precision,
+) -> None:
+    """Refuses a run whose peak is more than the device has.
+
+    Raises:
+        UserError: With the estimate's table.
+    """
+    room = room_on(device)
+    batch = largest_micro_batch(plan, recipe)
+    if room is None or _surely_fits(recipe, base, batch.tokens, room.available):
+        return
+    settle()
+    report = report_on(
+        recipe,
+        base,
+        batch,
+        device=device,
+        precision=precision,
+        room=room,
+        limits=False,
+    )
+    if not report.fits:
+        raise UserError(
+            "\n".join(["this run cannot fit in memory", *table(report)]),
+            "`lorakit estimate --compare` shows what would; --no-memory-check starts it anyway.",
+        )
+
+
+def estimate_recipe(
+    recipe: Recipe, *, use_data: bool = True, comparison: bool = False
+) -> tuple[Report, list[tuple[str, str, Report]]]:
+    """A recipe's estimate and, if asked for, those of its variants.
+
+    Args:
+        recipe: Resolved.
+        use_data: Look for the largest micro-batch of the data, if they are on this machine;
+            else every row is taken to be as long as it may be.
+        comparison: Estimate variants, too.
+
+    Raises:
+        UserError: The machine lacks the device, or the model or the data are wrong.
+    """
+    progress = TerminalProgress()
+    device = resolve_device(recipe.run.device)
+    tune_process(device, save_memory=recipe.training.saves_memory)
+    precision = recipe.precision.record.resolve(device, recipe.precision.options)
+    base = open_shapes(recipe, progress)
+    batch = measured_micro_batch(recipe, base, progress) if use_data else None
+    batch = batch or worst_micro_batch(recipe)
+    settle()
+    known: dict[str, Any] = {"device": device, "precision": precision, "room": room_on(device)}
+    report = report_on(recipe, base, batch, **known)
+    rows = compare(recipe, base, batch, limits=False, **known) if comparison else []
+    return report, rows
+
+
+def settle() -> None:
+    """Does on a small scale what a run does, so that libraries which load on first use, and the
+    threads' buffers, count among what the process has already."""
+    layer = nn.Linear(512, 512)
+    optimizer = torch.optim.AdamW(layer.parameters())
+    states = torch.randn(256, 512, requires_grad=True)
+    checkpoint(layer, states, use_reentrant=False).sum().backward()
+    torch.nn.utils.clip_grad_norm_(layer.parameters(), 1.0)
+    optimizer.step()
+    gc.collect()
+
+
+def _surely_fits(recipe: Recipe, base: BaseCheckpoint, tokens: int, available: int) -> bool:
+    """Whether a bound that costs nothing is enough: most runs are far from any limit."""
+    model = build_on_meta(recipe.model.record, base.config, recipe.model.options)
+    linears = [m for m in model.modules() if isinstance(m, nn.Linear)]
+    widths = sum(m.in_features + m.out_features for m in linears)
+    weights = 4 * sum(p.numel() for p in model.parameters())
+    return 2 * weights + 4 * GENEROUS * widths * tokens + SPARE < available

@@ -1,0 +1,229 @@
+"""A run rehearsed without memory: the very code of loading and of a step, on fake tensors.
+
+Nothing about a family, an adapter or a quantization is known here.  What they allocate is seen
+while they do what they would do in the run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, cast
+
+import torch
+from attrs import evolve, frozen
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from lorakit.adapters import apply_adapter
+from lorakit.base_model import BaseModel, build_on_meta, load_weights
+from lorakit.blocks import checkpoint_blocks
+from lorakit.data.batches import Batch
+from lorakit.estimate.storages import Event, StorageWatch
+from lorakit.loop import trainable_parameters
+from lorakit.loss import batch_loss
+from lorakit.modules.frozen import StoredLinear
+from lorakit.modules.layout import Layout
+from lorakit.modules.low_rank import set_fused
+from lorakit.progress import SilentProgress
+from lorakit.protocols import BaseCheckpoint, CausalLM, Precision, TensorSpec
+from lorakit.recipes import Recipe
+from lorakit.scratch import fakes_kept
+from lorakit.weights.dtypes import torch_dtype
+
+ACTIVATIONS, LOSS, GRADIENTS = "activations", "loss", "gradients"
+DEQUANTIZED, SCRATCH = "dequantized", "scratch"
+OPTIMIZER_STEP = Event(-1, 0)
+"""Stands in a step's events where the optimizer makes its state."""
+BYTES_UNKNOWN_OPTIMIZER = 8
+"""State of an optimizer that does not say what it keeps: two fp32 numbers a parameter."""
+
+
+@frozen
+class MicroBatch:
+    """Sizes of a micro-batch: its documents' lengths in tokens, and how many tokens are trained."""
+
+    lengths: tuple[int, ...]
+    trained: int
+
+    @property
+    def tokens(self) -> int:
+        return sum(self.lengths)
+
+
+@frozen
+class Step:
+    """What one optimizer step allocates and frees.
+
+    Attributes:
+        events: In order, `OPTIMIZER_STEP` among them.
+        labels: By storage: `activations`, `loss` or `gradients`.
+        buffers: Bytes that stay from step to step: scratch memory, and the largest dequantized
+            weight, whose memory all of them share.
+    """
+
+    events: Sequence[Event]
+    labels: Sequence[str]
+    buffers: int
+
+
+class Rehearsal:
+    """A recipe's model as it will be in memory, without the memory.
+
+    Args:
+        recipe: Resolved.
+        checkpoint: Gives config.json and the tensors' shapes.
+        device: Where the run will be.
+        precision: Its dtypes.
+
+    Attributes:
+        weights: Bytes by part: of the base's blocks, of embeddings and head, of the adapter.
+        optimizer: Bytes of the optimizer's state.
+        loading: The most bytes in use while the weights are loaded.
+        saves_memory: The process gives memory back, see `lorakit.runtime`.
+    """
+
+    def __init__(
+        self, recipe: Recipe, checkpoint: BaseCheckpoint, device: torch.device, precision: Precision
+    ) -> None:
+        self._recipe, self._device, self._precision = recipe, device, precision
+        # Some families keep small tensors with values, such as rotary frequencies.
+        self._mode = FakeTensorMode(allow_non_fake_inputs=True)
+        family = recipe.model.record
+        model = build_on_meta(family, checkpoint.config, recipe.model.options)
+        base = BaseModel(_Fakes(checkpoint), family, model, cast(Any, None), 0)
+        watch = StorageWatch(0, device)
+        with self._mode, watch:
+            load_weights(
+                base,
+                device=device,
+                precision=precision,
+                progress=SilentProgress(),
+                quantization=recipe.quantization,
+            )
+        self.loading = most_in_use(watch.events)
+        with self._mode:
+            adapter = recipe.adapter
+            apply_adapter(model, adapter.record, adapter.options, precision.adapter)
+        model.train()
+        checkpoint_blocks(cast(CausalLM, model), str(recipe.training.activation_checkpointing))
+        self.model = model
+        self.saves_memory = recipe.training.saves_memory
+        self.weights = _weight_bytes(model)
+        self.optimizer = sum(self._state_bytes(p) for p in trainable_parameters(model))
+
+    def step(self, batch: MicroBatch) -> Step:
+        """One optimizer step of micro-batches of this size."""
+        model, watch = self.model, StorageWatch(batch.trained, self._device)
+        trained = trainable_parameters(model)
+        fused = set_fused(self._recipe.training.fused)
+        with self._mode, fakes_kept() as kept, watch:
+            watch.ignore([*model.parameters(), *model.buffers()])
+            _label_dequantized(model, watch)
+            for _ in range(min(2, self._recipe.training.gradient_accumulation_steps)):
+                self._micro_batch(batch, watch)
+            watch.relabel([p.grad for p in trained if p.grad is not None], GRADIENTS)
+            watch.relabel(kept.values(), SCRATCH)
+            watch.events.append(OPTIMIZER_STEP)
+            for parameter in trained:
+                parameter.grad = None
+        set_fused(fused)
+        made = [e for e in watch.events if e.size > 0]
+        weights = [e.size for e in made if watch.labels[e.storage] == DEQUANTIZED]
+        scratch = [e.size for e in made if watch.labels[e.storage] == SCRATCH]
+        staying = {i for i, label in enumerate(watch.labels) if label in (DEQUANTIZED, SCRATCH)}
+        events = [e for e in watch.events if e.storage not in staying]
+        return Step(events, watch.labels, max(weights, default=0) + sum(scratch))
+
+    def _micro_batch(self, sizes: MicroBatch, watch: StorageWatch) -> None:
+        with watch.labelled(ACTIVATIONS):
+            tokens = torch.zeros(sizes.tokens, dtype=torch.int64, device=self._device)
+            labels, layout = torch.zeros_like(tokens), Layout.of_lengths(sizes.lengths)
+            batch = Batch(tokens, labels, layout, sizes.trained, ()).to(self._device)
+            model = _LabelledHead(cast(CausalLM, self.model), watch)
+            loss = batch_loss(cast(CausalLM, model), batch) / sizes.trained
+        with watch.labelled(ACTIVATIONS):
+            self._precision.backward(loss)
+
+    def _state_bytes(self, parameter: nn.Parameter) -> int:
+        section = self._recipe.optimizer
+        if section.record.state_bytes is None:
+            return BYTES_UNKNOWN_OPTIMIZER * parameter.numel()
+        size: int = section.record.state_bytes(
+            tuple(parameter.shape), parameter.itemsize, section.options
+        )
+        return size
+
+
+class _Fakes:
+    """A checkpoint whose tensors are fakes, of the shapes and dtypes that headers give."""
+
+    def __init__(self, checkpoint: BaseCheckpoint) -> None:
+        self.path, self.config = checkpoint.path, checkpoint.config
+        self._shards = checkpoint.shards()
+
+    def files(self) -> Mapping[str, bytes]:
+        return {}
+
+    def shards(self) -> Mapping[str, Mapping[str, TensorSpec]]:
+        return self._shards
+
+    def tensors(self, shard: str | None = None) -> Iterator[tuple[str, Tensor]]:
+        for specs in self._shards.values():
+            for name, spec in specs.items():
+                # What torch has no dtype for (GGUF's blocks) is read as fp32.
+                dtype = torch_dtype(spec.dtype) or torch.float32
+                yield name, torch.empty(spec.shape, dtype=dtype)
+
+
+class _LabelledHead:
+    """The model, but that what is made once the hidden states are there counts as the loss's."""
+
+    def __init__(self, model: CausalLM, watch: StorageWatch) -> None:
+        self._model, self._watch = model, watch
+
+    def hidden(self, *args: Any) -> Tensor:
+        states = self._model.hidden(*args)
+        self._watch.label = LOSS
+        return states
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._model, name)
+
+
+def _label_dequantized(model: nn.Module, watch: StorageWatch) -> None:
+    for module in model.modules():
+        if isinstance(module, StoredLinear):
+            module.dequantize = watch.labelling(  # type: ignore[method-assign]
+                type(module).dequantize.__get__(module), DEQUANTIZED
+            )
+
+
+def _weight_bytes(model: nn.Module) -> dict[str, int]:
+    """Bytes by part of the model, each storage once."""
+    embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)} | {
+        id(p) for p in cast(nn.Module, model.lm_head).parameters() if not p.requires_grad
+    }
+    found = {"base weights": 0, "embeddings and head": 0, "adapter": 0}
+    for tensor in {id(t): t for t in [*model.parameters(), *model.buffers()]}.values():
+        if tensor.requires_grad:
+            part = "adapter"
+        else:
+            part = "embeddings and head" if id(tensor) in embeddings else "base weights"
+        found[part] += tensor.untyped_storage().nbytes()
+    return found
+
+
+def most_in_use(events: Sequence[Event]) -> int:
+    """The most bytes in use at any time."""
+    now = most = 0
+    for event in events:
+        now += event.size
+        most = max(most, now)
+    return most
+
+
+def with_checkpointing(recipe: Recipe, mode: str) -> Recipe:
+    """The recipe with another `training.activation_checkpointing`."""
+    # Only the blocks' inputs can be offloaded.
+    training = evolve(recipe.training, activation_checkpointing=mode, activation_offloading=False)
+    return evolve(recipe, training=training)

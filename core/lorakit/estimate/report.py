@@ -1,0 +1,184 @@
+"""What a recipe will take, put together and put into words."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from attrs import evolve, frozen
+
+from lorakit.estimate.limits import LARGEST, most_tokens_that_fit
+from lorakit.estimate.peak import Estimate, estimate_peak
+from lorakit.estimate.rehearsal import MicroBatch, Rehearsal, with_checkpointing
+from lorakit.estimate.room import Room, resident_bytes
+from lorakit.options import CHECKPOINTING_MODES
+from lorakit.protocols import BaseCheckpoint, Precision
+from lorakit.recipes import Recipe, Section
+
+UNITS = ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB"))
+
+
+@frozen
+class Report:
+    """A recipe's memory, and what else would fit.
+
+    Attributes:
+        estimate: At the peak.
+        batch: The micro-batch it is for.
+        batch_rows: `training.batch_size`.
+        room: The device's memory; None where it is not known.
+        device: Where the run would be.
+        largest_batch: Rows of the same length that fit; None where the room is not known.
+        largest_length: Tokens a row that fit, with as many rows.
+    """
+
+    estimate: Estimate
+    batch: MicroBatch
+    batch_rows: int
+    room: Room | None
+    device: torch.device
+    largest_batch: int | None
+    largest_length: int | None
+
+    @property
+    def fits(self) -> bool:
+        return self.room is None or self.estimate.total <= self.room.available
+
+
+def report_on(
+    recipe: Recipe,
+    checkpoint: BaseCheckpoint,
+    batch: MicroBatch,
+    *,
+    device: torch.device,
+    precision: Precision,
+    room: Room | None,
+    limits: bool = True,
+) -> Report:
+    """Estimates a recipe.
+
+    Args:
+        recipe: Resolved.
+        checkpoint: The base model's files.
+        batch: Its largest micro-batch.
+        device: Where it would be.
+        precision: Its dtypes.
+        room: The device's memory.
+        limits: Look for the largest batch and length, too.
+    """
+    rehearsal = Rehearsal(recipe, checkpoint, device, precision)
+    # Now that what loads and quantizes has been imported.
+    process = resident_bytes()
+    found = estimate_peak(rehearsal, batch, device, process)
+    rows = recipe.training.batch_size
+    if room is None or not limits:
+        return Report(found, batch, rows, room, device, None, None)
+    share = batch.trained / batch.tokens
+
+    def peak(tokens: int) -> int:
+        length, over = divmod(tokens, rows)
+        lengths = [n for n in (length + (row < over) for row in range(rows)) if n]
+        sizes = MicroBatch(tuple(lengths), max(1, round(tokens * share)))
+        return estimate_peak(rehearsal, sizes, device, process).total
+
+    half = max(1, batch.tokens // 2)
+    known = {batch.tokens: found.total, half: peak(half)}
+    most = most_tokens_that_fit(peak, known, room.available)
+    length = math.ceil(batch.tokens / rows)
+    return Report(found, batch, rows, room, device, most // length, most // rows)
+
+
+def compare(
+    recipe: Recipe, checkpoint: BaseCheckpoint, batch: MicroBatch, **known: Any
+) -> list[tuple[str, str, Report]]:
+    """The recipe with each quantization that is installed and with none, each with each mode of
+    activation checkpointing: `(quantization, mode, report)`."""
+    chosen = recipe.quantization
+    others = [Section(r, r.options()) for r in recipe.catalog.all("quantization")]
+    sections = [s if chosen is None or s.name != chosen.name else chosen for s in others]
+    rows = []
+    for section in [None, *sections]:
+        for mode in CHECKPOINTING_MODES:
+            variant = evolve(with_checkpointing(recipe, mode), quantization=section)
+            found = report_on(variant, checkpoint, batch, **known)
+            rows.append((section.name if section else "none", mode, found))
+    return rows
+
+
+def size_text(size: int) -> str:
+    """Bytes for people: `3.85 GiB`."""
+    for unit, name in UNITS:
+        if abs(size) >= unit:
+            return f"{size / unit:.2f} {name}"
+    return f"{size} B"
+
+
+def table(report: Report) -> list[str]:
+    """The parts, the sum, and what is there."""
+    batch = report.batch
+    lines = [
+        f"memory at the peak, on {report.device}, for {len(batch.lengths):,} "
+        f"document{'s' if len(batch.lengths) > 1 else ''} of {batch.tokens:,} tokens in all:"
+    ]
+    shown = [(part, size) for part, size in report.estimate.parts.items() if size]
+    lines += [f"  {part:<22}{size_text(size):>12}" for part, size in shown]
+    lines.append(f"  {'in all':<22}{size_text(report.estimate.total):>12}")
+    return [*lines, *verdict(report)]
+
+
+def verdict(report: Report) -> list[str]:
+    """Whether it fits, and what would."""
+    room = report.room
+    if room is None:
+        return ["how much memory there is, this system does not tell"]
+    there = f"{size_text(room.available)} of {size_text(room.total)} ({room.source})"
+    lines = [f"it {'fits' if report.fits else 'does not fit'}: available are {there}"]
+    if report.largest_batch is not None and report.largest_length is not None:
+        length = math.ceil(report.batch.tokens / report.batch_rows)
+        rows = report.batch_rows
+        more = " or more" if report.largest_length * rows > 0.9 * LARGEST else ""
+        lines.append(
+            f"largest batch_size with rows of {length:,} tokens: {report.largest_batch:,}{more}"
+        )
+        lines.append(
+            f"longest rows with a batch_size of {rows:,}: {report.largest_length:,} tokens{more}"
+        )
+    return lines
+
+
+def comparison_table(rows: Sequence[tuple[str, str, Report]]) -> list[str]:
+    """A line for each variant."""
+    lines = [
+        f"{'quantization':<14}{'checkpointing':<15}{'weights':>12}{'activations':>13}"
+        f"{'in all':>12}  fits"
+    ]
+    for name, mode, report in rows:
+        parts = report.estimate.parts
+        weights = parts["base weights"] + parts["embeddings and head"]
+        moving = parts["activations"] + parts["allocator"]
+        lines.append(
+            f"{name:<14}{mode:<15}{size_text(weights):>12}"
+            f"{size_text(moving):>13}{size_text(report.estimate.total):>12}  "
+            f"{'yes' if report.fits else 'no'}"
+        )
+    return lines
+
+
+def as_json(report: Report) -> dict[str, Any]:
+    """For other programs; bytes."""
+    room = report.room
+    return {
+        "device": str(report.device),
+        "parts": dict(report.estimate.parts),
+        "total": report.estimate.total,
+        "available": room.available if room else None,
+        "device_total": room.total if room else None,
+        "fits": report.fits,
+        "tokens": report.batch.tokens,
+        "trained_tokens": report.batch.trained,
+        "documents": len(report.batch.lengths),
+        "largest_batch_size": report.largest_batch,
+        "largest_length": report.largest_length,
+    }

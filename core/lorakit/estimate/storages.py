@@ -1,0 +1,118 @@
+"""Watching what a computation allocates, where nothing is allocated.
+
+Under torch's `FakeTensorMode` every operation gives tensors of the right shape, dtype and device
+without memory.  Their storages come and go as the real ones would: what a block saves for its
+backward pass, what a kernel's result replaces, which gradient is kept.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import torch
+from attrs import frozen
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+T = TypeVar("T")
+
+
+@frozen
+class Event:
+    """A storage that was made (`size` bytes) or freed (`-size`).
+
+    Attributes:
+        storage: Its number.
+        size: In bytes; negative if it was freed.
+    """
+
+    storage: int
+    size: int
+
+
+class StorageWatch(TorchDispatchMode):
+    """Records each storage that operations make while it is active, and when it is freed.
+
+    Args:
+        trained: Tokens with a label: the one number that shapes do not give, and that the loss
+            asks for.
+        device: Storages elsewhere are not recorded.
+
+    Attributes:
+        events: In order.
+        labels: By storage: what was under way when it was made.
+        label: What is under way.
+
+    Entered inside `FakeTensorMode`, so that it comes before it.
+    """
+
+    def __init__(self, trained: int, device: torch.device) -> None:
+        super().__init__()
+        self.events: list[Event] = []
+        self.labels: list[str] = []
+        self.label = ""
+        self._trained = trained
+        self._device = device
+        self._known: dict[int, tuple[int, weakref.ref[torch.UntypedStorage]]] = {}
+
+    @contextmanager
+    def labelled(self, label: str) -> Iterator[None]:
+        """Storages made in this context carry the label, or one it is changed to within."""
+        before, self.label = self.label, label
+        try:
+            yield
+        finally:
+            self.label = before
+
+    def labelling(self, function: Callable[..., T], label: str) -> Callable[..., T]:
+        """The function, with `labelled` around each call."""
+
+        def wrapped(*args: Any, **kwargs: Any) -> T:
+            with self.labelled(label):
+                return function(*args, **kwargs)
+
+        return wrapped
+
+    def ignore(self, tensors: Iterable[Tensor]) -> None:
+        """Tensors that were there before, so that a view of one is nothing new."""
+        for tensor in tensors:
+            self._record(tensor)
+        self.events.clear()
+
+    def relabel(self, tensors: Iterable[Tensor], label: str) -> None:
+        """Gives the storages of tensors another label, now that it is known what they are."""
+        for tensor in tensors:
+            number, _ = self._known[tensor.untyped_storage()._cdata]
+            self.labels[number] = label
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten.nonzero.default:
+            found = args[0].new_empty(self._trained, args[0].dim(), dtype=torch.int64)
+            self._record(found)
+            return found
+        result = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, Tensor):
+                self._record(leaf)
+        return result
+
+    def _record(self, tensor: Tensor) -> None:
+        if tensor.device.type != self._device.type:
+            return
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        if key in self._known:
+            return
+        number, size = len(self.labels), storage.nbytes()
+        self.labels.append(self.label)
+        self.events.append(Event(number, size))
+
+        def freed(_: Any) -> None:
+            del self._known[key]
+            self.events.append(Event(number, -size))
+
+        self._known[key] = (number, weakref.ref(storage, freed))

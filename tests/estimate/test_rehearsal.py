@@ -1,0 +1,166 @@
+"""What is rehearsed without memory is what happens with it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from lorakit import scratch
+from lorakit.assemble import Run, assemble
+from lorakit.data.batches import Batch
+from lorakit.estimate.rehearsal import (
+    DEQUANTIZED,
+    GRADIENTS,
+    MicroBatch,
+    Rehearsal,
+    most_in_use,
+)
+from lorakit.estimate.storages import StorageWatch
+from lorakit.loop import trainable_parameters
+from lorakit.loss import batch_loss
+from lorakit.modules import Layout
+from lorakit.progress import SilentProgress
+from lorakit.recipes import Recipe, resolve_recipe
+
+CPU = torch.device("cpu")
+LENGTHS = (40, 9, 23)
+BATCH = MicroBatch(LENGTHS, sum(LENGTHS))
+
+VARIANTS: list[dict[str, Any]] = [
+    {},
+    {"training": {"activation_checkpointing": "block"}},
+    {"training": {"activation_checkpointing": "selective"}},
+    {"training": {"fused": False}},
+    {"adapter": {"dora": True, "dropout": 0.1}},
+    {"adapter": {"targets": ["q_proj", "down_proj"]}},
+    {"precision": {"name": "bf16"}},
+    {"precision": {"name": "bf16_pure"}},
+]
+
+
+def real_step(recipe: Recipe) -> int:
+    """The most bytes that a step of the real run has in use."""
+    run = assemble(recipe, SilentProgress())
+    watch = StorageWatch(BATCH.trained, CPU)
+    real_micro_batch(run)
+    # Scratch memory is made by the first step, and stays.
+    watch.ignore([*run.base.model.parameters(), *run.base.model.buffers()])
+    watch.ignore(scratch._kept.values())
+    with watch:
+        real_micro_batch(run)
+    return most_in_use(watch.events)
+
+
+def real_micro_batch(run: Run) -> None:
+    tokens = torch.zeros(BATCH.tokens, dtype=torch.int64)
+    layout = Layout.of_lengths(LENGTHS)
+    batch = Batch(tokens, torch.zeros_like(tokens), layout, BATCH.trained, ())
+    run.precision.backward(batch_loss(run.base.causal_lm, batch) / BATCH.trained)
+    for parameter in trainable_parameters(run.base.model):
+        parameter.grad = None
+
+
+@pytest.mark.parametrize("sections", VARIANTS, ids=str)
+def test_a_step_has_in_use_what_the_real_one_has(
+    sections: dict[str, Any],
+    make_recipe: Callable[..., str],
+    rehearse: Callable[..., Rehearsal],
+):
+    recipe = resolve_recipe(make_recipe(**sections))
+    rehearsed = most_in_use(rehearse(recipe).step(BATCH).events)
+    # Which scalars are alive when most is in use may differ.
+    assert rehearsed == pytest.approx(real_step(recipe), abs=64)
+
+
+@pytest.mark.parametrize(
+    "sections",
+    [
+        *VARIANTS,
+        {"quantization": {"name": "nf4"}},
+        {"quantization": {"name": "int8"}, "precision": {"name": "bf16"}},
+    ],
+    ids=str,
+)
+def test_weights_take_what_the_loaded_model_does(
+    sections: dict[str, Any], make_recipe: Callable[..., str], rehearse: Callable[..., Rehearsal]
+):
+    recipe = resolve_recipe(make_recipe(**sections))
+    model = assemble(recipe, SilentProgress()).base.model
+    tensors = {id(t): t for t in [*model.parameters(), *model.buffers()]}.values()
+    found = rehearse(recipe).weights
+    assert sum(found.values()) == sum(t.untyped_storage().nbytes() for t in tensors)
+    assert found["adapter"] == sum(p.numel() * p.itemsize for p in trainable_parameters(model))
+    embedding = model.get_submodule("model.embed_tokens").weight
+    assert found["embeddings and head"] == embedding.numel() * embedding.itemsize
+
+
+OPTIMIZERS = [
+    {"name": "adamw"},
+    {"name": "sgd"},
+    {"name": "sgd", "momentum": 0.9},
+    {"name": "adamw8bit"},
+    {"name": "lion8bit"},
+]
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS, ids=str)
+def test_the_optimizers_state_is_as_large_as_the_real_ones(
+    optimizer: dict[str, Any], make_recipe: Callable[..., str], rehearse: Callable[..., Rehearsal]
+):
+    sections = {"optimizer": optimizer, "adapter": {"rank": 160}}
+    recipe = resolve_recipe(make_recipe(**sections))
+    run = assemble(recipe, SilentProgress())
+    trained = trainable_parameters(run.base.model)
+    built = recipe.optimizer.record.build(trained, recipe.optimizer.options)
+    for parameter in trained:
+        parameter.grad = torch.ones_like(parameter)
+    built.step()
+    states = [v for s in built.state.values() for v in s.values() if isinstance(v, torch.Tensor)]
+    # Lookup tables that all parameters share, and counters, come on top.
+    shared = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in states}
+    assert rehearse(recipe).optimizer == pytest.approx(sum(shared.values()), rel=0.02, abs=4096)
+
+
+def test_gradients_are_told_apart_and_are_the_adapters_size(rehearse: Callable[..., Rehearsal]):
+    found = rehearse()
+    step = found.step(BATCH)
+    labels = [step.labels[e.storage] for e in step.events if e.size > 0]
+    sizes = [e.size for e in step.events if e.size > 0]
+    gradients = sum(s for s, label in zip(sizes, labels, strict=True) if label == GRADIENTS)
+    assert gradients == found.weights["adapter"]
+    # All of it is gone when the step is done.
+    assert sum(event.size for event in step.events) == 0
+
+
+def test_a_dequantized_weight_takes_one_shared_buffer(rehearse: Callable[..., Rehearsal]):
+    step = rehearse(quantization={"name": "nf4"}).step(BATCH)
+    # The largest linear layer of the test model is 48 x 32, computed with in fp32.
+    plain = rehearse().step(BATCH)
+    assert step.buffers - plain.buffers == 48 * 32 * 4
+    assert not any(step.labels[e.storage] == DEQUANTIZED for e in step.events)
+
+
+def test_checkpointing_keeps_less_and_more_tokens_keep_more(rehearse: Callable[..., Rehearsal]):
+    deep = {"adapter": {"targets": ["q_proj"]}}
+    plain = rehearse(**deep)
+    saving = rehearse(**deep, training={"activation_checkpointing": True})
+    small, large = MicroBatch((64,), 64), MicroBatch((128,), 128)
+    assert most_in_use(saving.step(large).events) < most_in_use(plain.step(large).events)
+    ratio = most_in_use(plain.step(large).events) / most_in_use(plain.step(small).events)
+    assert 1.7 < ratio < 2.1
+
+
+def test_nothing_is_left_behind_in_the_process(rehearse: Callable[..., Rehearsal]):
+    from lorakit.modules.low_rank import set_fused
+
+    before = set_fused(True)
+    try:
+        rehearse(training={"fused": False}).step(BATCH)
+        assert set_fused(True) is True
+    finally:
+        set_fused(before)
+    assert isinstance(torch.empty(1), torch.Tensor)
+    assert type(torch.empty(1)) is torch.Tensor
