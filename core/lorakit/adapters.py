@@ -90,25 +90,48 @@ def apply_adapter(
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     for name in names:
-        parent, _, child = name.rpartition(".")
-        owner = model.get_submodule(parent)
-        linear = owner.get_submodule(child)
-        if _is_shared(model, linear):
+        if _is_shared(model, model.get_submodule(name)):
             raise UserError(
                 f"adapter.targets: {name} shares its weight with the embedding, which an adapter "
                 "on it would part",
                 "Leave it out of adapter.targets.",
             )
-        wrapped = method.wrap(linear, options, name)
-        # A quantized layer may keep all it has in buffers.
-        device = next(chain(linear.parameters(), linear.buffers())).device
-        for suffix, parameter in _own_parameters(wrapped).items():
-            place, _, attribute = suffix.rpartition(".")
-            # A new one: `.data` cannot go to the meta device, where a dry run leaves the base.
-            moved = nn.Parameter(parameter.detach().to(device=device, dtype=dtype))
-            setattr(wrapped.get_submodule(place), attribute, moved)
-        setattr(owner, child, wrapped)
+        wrap_linear(model, name, method, options, dtype)
     return names
+
+
+def wrap_linear(
+    module: nn.Module,
+    name: str,
+    method: AdapterMethod,
+    options: Any,
+    dtype: torch.dtype,
+    *,
+    prefix: str = "",
+) -> nn.Module:
+    """Puts an adapter around one linear layer of a module, and returns it.
+
+    Args:
+        module: A model, or the part of one whose names in the model start with `prefix`.
+        name: The linear's dotted name in the module.
+        method: The adapter method.
+        options: Its options.
+        dtype: Of the adapter's parameters.
+        prefix: Completes the name for the method.
+    """
+    parent, _, child = name.rpartition(".")
+    owner = module.get_submodule(parent)
+    linear = owner.get_submodule(child)
+    wrapped = method.wrap(linear, options, prefix + name)
+    # A quantized layer may keep all it has in buffers.
+    device = next(chain(linear.parameters(), linear.buffers())).device
+    for suffix, parameter in _own_parameters(wrapped).items():
+        place, _, attribute = suffix.rpartition(".")
+        # A new one: `.data` cannot go to the meta device, where a dry run leaves the base.
+        moved = nn.Parameter(parameter.detach().to(device=device, dtype=dtype))
+        setattr(wrapped.get_submodule(place), attribute, moved)
+    setattr(owner, child, wrapped)
+    return wrapped
 
 
 def _is_shared(model: nn.Module, linear: nn.Module) -> bool:

@@ -19,6 +19,7 @@ from lorakit.records import ModelFamily
 from lorakit.weights.base import check_family, family_of, fetch_base, open_base
 from lorakit.weights.stream import (
     HEAD,
+    Quantize,
     check_not_quantized,
     check_tensors,
     linear_names,
@@ -108,18 +109,13 @@ def load_weights(
     """
     quantize = None
     if quantization is not None:
-        record, options = quantization.record, quantization.options
+        quantize = quantizer(quantization, precision.compute)
         if linear_names(base.model) == [HEAD]:
             raise UserError(
                 f"quantization: {base.path} has no linear layer but its head, which is never "
                 "quantized",
                 "Leave [quantization] out of the recipe.",
             )
-
-        def quantize(linear: nn.Linear, weight: torch.Tensor) -> nn.Module:
-            module: nn.Module = record.quantize(linear, weight, options, precision.compute)
-            return module
-
     stream_weights(
         base.model,
         base.checkpoint,
@@ -130,6 +126,17 @@ def load_weights(
         kept_linears=frozenset({HEAD}),
     )
     compute_in(base.model, precision.compute)
+
+
+def quantizer(quantization: Section, compute: torch.dtype) -> Quantize:
+    """`(linear, weight) -> module`: the scheme with its options, for products in a dtype."""
+    record, options = quantization.record, quantization.options
+
+    def quantize(linear: nn.Linear, weight: torch.Tensor) -> nn.Module:
+        module: nn.Module = record.quantize(linear, weight, options, compute)
+        return module
+
+    return quantize
 
 
 def resolve_device(name: str) -> torch.device:

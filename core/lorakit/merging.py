@@ -8,18 +8,21 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import torch
+from attrs import frozen
 from torch import Tensor
 
 from lorakit.atomic import replaced_directory, write_bytes
 from lorakit.errors import RunError, UserError
-from lorakit.protocols import BaseCheckpoint, Progress
+from lorakit.protocols import BaseCheckpoint, Progress, TensorSpec
 from lorakit.records import AdapterMethod
+from lorakit.weights.dtypes import torch_dtype
+from lorakit.weights.part import named_tensors
 from lorakit.weights.shard_plan import (
     Plan,
     plan_bytes,
@@ -35,6 +38,66 @@ BaseWeight = Callable[[str, Tensor], Tensor]
 
 MERGEABLE = ("F64", "F32", "F16", "BF16")
 """Dtypes that a merged weight can be rounded to without scales of its own."""
+
+
+@frozen
+class Merge:
+    """What becomes of each tensor of the base.
+
+    Attributes:
+        method: Merges one weight.
+        options: Its options.
+        tensors: The adapter's, by layer and then by name within the adapter.
+        base_weight: Stands between the base and the adapter.
+    """
+
+    method: AdapterMethod
+    options: Any
+    tensors: Tensors
+    base_weight: BaseWeight | None = None
+
+    @torch.no_grad()
+    def __call__(self, name: str, stored: Tensor) -> Tensor:
+        """In fp32 where the adapter has a part in it, to be rounded to what is stored."""
+        weight = self.base_weight(name, stored) if self.base_weight else stored
+        layer = name.removesuffix(".weight")
+        if layer not in self.tensors:
+            return weight
+        return self.method.merge(weight, self.tensors[layer], self.options, layer)
+
+
+@frozen
+class MergedCheckpoint:
+    """The merged model as a `lorakit.protocols.BaseCheckpoint`, with the values that
+    `merge_adapter` writes."""
+
+    base: BaseCheckpoint
+    merge: Merge
+
+    @property
+    def path(self) -> Path:
+        return self.base.path
+
+    @property
+    def config(self) -> Mapping[str, Any]:
+        return self.base.config
+
+    def files(self) -> Mapping[str, bytes]:
+        return self.base.files()
+
+    def shards(self) -> Mapping[str, Mapping[str, TensorSpec]]:
+        return self.base.shards()
+
+    def tensors(self, shard: str | None = None) -> Iterator[tuple[str, Tensor]]:
+        names = [n for file, specs in self.shards().items() if shard in (None, file) for n in specs]
+        return self.named_tensors(names)
+
+    def named_tensors(self, names: Collection[str]) -> Iterator[tuple[str, Tensor]]:
+        specs = {
+            name: spec for found in plan_shards(self.base).values() for name, spec in found.items()
+        }
+        for name, stored in named_tensors(self.base, names):
+            yield name, self.merge(name, stored).to(torch_dtype(specs[name].dtype))
 
 
 def merge_adapter(
@@ -72,6 +135,7 @@ def merge_adapter(
     """
     if not replace and directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
         raise UserError(f"{directory} exists and is not empty", "Name another --output.")
+    merged = Merge(method, options, tensors, base_weight)
     plan = plan_shards(base)
     _check_layers(base, plan, tensors)
     _check_room(directory, plan_bytes(plan))
@@ -81,12 +145,7 @@ def merge_adapter(
                 files_of = _open_writers(base, plan, folder, opened)
                 task = opened.enter_context(progress.task("merging", len(files_of), "tensors"))
                 for name, tensor in base.tensors():
-                    weight = base_weight(name, tensor) if base_weight else tensor
-                    layer = name.removesuffix(".weight")
-                    if layer in tensors:
-                        with torch.no_grad():
-                            weight = method.merge(weight, tensors[layer], options, layer)
-                    files_of[name].write(name, weight)
+                    files_of[name].write(name, merged(name, tensor))
                     task.advance()
             write_index(base, plan, folder)
             _write_side_files(base, files, folder)

@@ -80,11 +80,22 @@ class TensorSpec:
 
 
 class BaseCheckpoint(Protocol):
-    """An opened base model: its configuration, its tensors, and the files that go with it."""
+    """An opened base model: its configuration, its tensors, and the files that go with it.
 
-    path: Path
-    config: Mapping[str, Any]
-    """The contents of config.json."""
+    Where a tensor costs more than to map its bytes (it is dequantized, or joined of parts), a
+    format may offer `named_tensors(names)` beside `tensors`: those of these names only, in any
+    order.  Without it, others are read and passed over.
+    """
+
+    @property
+    def path(self) -> Path:
+        """The directory or file, for messages and for the files beside the weights."""
+        ...
+
+    @property
+    def config(self) -> Mapping[str, Any]:
+        """The contents of config.json."""
+        ...
 
     def files(self) -> Mapping[str, bytes]:
         """The tokenizer's and other small files by their Hugging Face names (tokenizer.json,

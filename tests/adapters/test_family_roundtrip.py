@@ -17,8 +17,9 @@ from lorakit.adapters import adapter_config, adapter_tensors, apply_adapter, wri
 from lorakit.base_model import load_weights, open_base_model
 from lorakit.catalog import first_party, load_catalog
 from lorakit.errors import UserError
+from lorakit.mergeable import merge_trained
 from lorakit.progress import SilentProgress
-from lorakit.trained import load_trained, merge_trained
+from lorakit.trained import load_trained
 
 CATALOG = load_catalog()
 LORA = CATALOG.get("adapter", "lora")

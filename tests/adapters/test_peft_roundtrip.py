@@ -14,7 +14,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lorakit.errors import UserError
-from lorakit.trained import load_trained, merge_trained
+from lorakit.mergeable import merge_trained
+from lorakit.trained import load_trained
 
 IDS = [5, 300, 17, 17, 201, 9, 383, 0, 44, 120, 77, 256, 3, 91, 12, 260, 33, 34, 35, 111]
 ADAPTERS = {

@@ -1,12 +1,13 @@
 """Peak memory of `lorakit merge`, on a model as large as asked for.
 
     python -m tests.bench.merge_memory --gigabytes 1.2 --shard-gigabytes 0.6
-    python -m tests.bench.merge_memory --base DIR
+    python -m tests.bench.merge_memory --base DIR --quantized
 
 Makes a random bf16 Llama (or takes DIR), puts a random adapter of rank 16 on every linear layer,
 runs the command in a process of its own and prints that process's largest resident size as the
 kernel counts it (ru_maxrss, mapped files included), beside that of an interpreter that has only
-imported what the command imports.
+imported what the command imports.  With --quantized the adapter is one of a run over a base in
+nf4, so that the command also compares both merged models with the trained one.
 """
 
 from __future__ import annotations
@@ -34,11 +35,12 @@ CATALOG = load_catalog()
 LAUNCHER = """
 import resource, subprocess, sys, time
 started = time.perf_counter()
-subprocess.run(sys.argv[1:], check=True, stdout=subprocess.DEVNULL)
+subprocess.run(sys.argv[1:], check=True, stdout=sys.stderr)
 peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
 print(peak, time.perf_counter() - started)
 """
-INTERPRETER = "import torch, lorakit.trained; from safetensors import safe_open"
+INTERPRETER = "import torch, lorakit.mergeable; from safetensors import safe_open"
+QUANTIZED = "import lorakit.merge_divergence, bitsandbytes, numpy, tokenizers, jinja2"
 
 
 def llama_config(gigabytes: float) -> dict[str, object]:
@@ -90,8 +92,8 @@ def make_base(directory: Path, config: dict[str, object], largest: float) -> Non
     write_tokenizer(directory)
 
 
-def make_adapter(directory: Path, base: Path, rank: int = 16) -> None:
-    """A random LoRA on every linear layer but the head."""
+def make_adapter(directory: Path, base: Path, *, quantized: bool = False, rank: int = 16) -> None:
+    """A random LoRA on every linear layer but the head; quantized, with a run's data."""
     shapes, linears = shapes_of(json.loads((base / "config.json").read_text()))
     method = CATALOG.defaults("adapter")[0]
     tensors = {}
@@ -101,7 +103,14 @@ def make_adapter(directory: Path, base: Path, rank: int = 16) -> None:
         tensors[f"{key}.lora_A.weight"] = torch.randn(rank, inputs) / inputs**0.5
         tensors[f"{key}.lora_B.weight"] = torch.randn(outputs, rank) * 0.01
     config = adapter_config(method, method.options(rank=rank), linears, str(base))
-    write_adapter(directory, tensors, config, files={}, origin={})
+    origin = {"quantization": {"name": "nf4"}} if quantized else {}
+    write_adapter(directory, tensors, config, files={}, origin=origin)
+    if quantized:
+        data = directory.parent / "data.jsonl"
+        turns = [{"role": "user", "content": "How?"}, {"role": "assistant", "content": "So." * 20}]
+        data.write_text((json.dumps({"messages": turns}) + "\n") * 8)
+        section = f'data = {{name = "messages", path = "{data}"}}'
+        (directory.parent / "recipe.toml").write_text(f"[random]\n{section}\n")
 
 
 def peak_of(command: Sequence[str]) -> tuple[int, float]:
@@ -115,10 +124,11 @@ def peak_of(command: Sequence[str]) -> tuple[int, float]:
     return int(peak) * (1 if sys.platform == "darwin" else 1024), float(seconds)
 
 
-def measure(base: Path, folder: Path) -> dict[str, float]:
+def measure(base: Path, folder: Path, *, quantized: bool = False) -> dict[str, float]:
     """Merges a random adapter into `base`; sizes in bytes."""
-    make_adapter(folder / "adapter", base)
-    interpreter, _ = peak_of([sys.executable, "-c", INTERPRETER])
+    make_adapter(folder / "adapter", base, quantized=quantized)
+    imports = f"{INTERPRETER}; {QUANTIZED}" if quantized else INTERPRETER
+    interpreter, _ = peak_of([sys.executable, "-c", imports])
     merge = [sys.executable, "-m", "lorakit", "merge", str(folder / "adapter")]
     peak, seconds = peak_of([*merge, "--output", str(folder / "merged")])
     sizes = [file.stat().st_size for file in base.glob("*.safetensors")]
@@ -137,13 +147,14 @@ def main() -> None:
     parser.add_argument("--shard-gigabytes", type=float, default=0.6)
     parser.add_argument("--base", type=Path, help="a model directory, in place of a new one")
     parser.add_argument("--folder", type=Path, help="where to write; its disk needs twice the size")
+    parser.add_argument("--quantized", action="store_true", help="and compare the two merges")
     given = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=given.folder) as name:
         folder = Path(name)
         base = given.base or folder / "base"
         if not given.base:
             make_base(base, llama_config(given.gigabytes), given.shard_gigabytes * 1e9)
-        found = measure(base, folder)
+        found = measure(base, folder, quantized=given.quantized)
     for key, value in found.items():
         print(f"{key:14} {value:10.1f} s" if key == "seconds" else f"{key:14} {value / 1e9:.3f} GB")
     beyond = found["peak"] - found["interpreter"]

@@ -11,8 +11,9 @@ from transformers import AutoTokenizer
 from lorakit.cli import main
 from lorakit.data.encode import encode_example
 from lorakit.generation import prompt_ids
+from lorakit.mergeable import merge_trained
 from lorakit.protocols import Conversation, Message
-from lorakit.trained import load_trained, merge_trained
+from lorakit.trained import load_trained
 
 ROWS = [{"instruction": f"Say {n}.", "output": f"{n} it is."} for n in ("one", "two", "six")]
 

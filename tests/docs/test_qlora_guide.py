@@ -1,15 +1,19 @@
-"""The recipe in docs/how-to/qlora.md is valid, and its tables hold every name and option."""
+"""The recipe and commands in docs/how-to/qlora.md work; its tables hold every name and option."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 import attrs
 import pytest
 import tomli
+from click.testing import CliRunner
 
+import lorakit
 from lorakit.catalog import load_catalog
+from lorakit.cli import app
 from lorakit.recipes import resolve_table
 
 TEXT = Path(__file__).resolve().parents[2].joinpath("docs", "how-to", "qlora.md").read_text("utf-8")
@@ -24,6 +28,21 @@ def test_the_recipe_is_valid(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     recipe = resolve_table(name, table)
     assert recipe.quantization is not None
     assert recipe.quantization.name == "nf4"
+
+
+def test_the_merges_work_and_say_what_the_guide_shows(
+    make_recipe: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    lorakit.train(make_recipe(quantization={"name": "nf4"}), output="runs/my_qlora")
+    lines = re.findall(r"(?m)^lorakit (merge .*)$", TEXT)
+    assert len(lines) == 2
+    (shown,) = re.findall(r"```text\n(.*?)\n```", TEXT, re.DOTALL)
+    pattern = re.sub(r"\d[\d.e-]*", r"[\\d.e+-]+", shown)
+    for line in lines:
+        done = CliRunner().invoke(app, line.split())
+        assert done.exit_code == 0, done.output
+        assert re.search(pattern, done.output), done.output
 
 
 def test_every_name_and_option_is_there() -> None:

@@ -55,7 +55,7 @@ def test_a_run_from_the_hub_is_the_run_from_local_files(
 def test_an_adapter_finds_its_base_on_the_hub_again(
     on_the_hub: Any, make_recipe: MakeRecipe, tmp_path: Path
 ) -> None:
-    from lorakit.trained import merge_trained
+    from lorakit.mergeable import merge_trained
 
     run = lorakit.train(make_recipe(model="acme/tiny@v1")).output
     # Another machine has the adapter, and nothing of the model.

@@ -17,11 +17,11 @@ from transformers import AutoModelForCausalLM
 from lorakit.catalog import load_catalog
 from lorakit.cli import main
 from lorakit.errors import RunError, UserError
+from lorakit.mergeable import merge_trained
 from lorakit.merging import merge_adapter
 from lorakit.progress import SilentProgress
 from lorakit.protocols import TensorSpec
 from lorakit.testing.checkpoints import MemoryCheckpoint
-from lorakit.trained import merge_trained
 from lorakit.weights.base import open_base
 from lorakit.weights.shard_plan import plan_shards
 from lorakit.weights.shard_writer import ShardWriter

@@ -39,7 +39,8 @@ def test_lorakit_model_families(
 def test_lorakit_adapters(plant_sample: Plant, small_recipe: Recipe, losses: Losses):
     from safetensors.torch import load_file
 
-    from lorakit.trained import load_trained, merge_trained
+    from lorakit.mergeable import merge_trained
+    from lorakit.trained import load_trained
 
     plant_sample("adapters")
     adapter = {"name": "scale", "targets": ["v_proj", "down_proj"]}

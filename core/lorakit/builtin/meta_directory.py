@@ -9,7 +9,7 @@ layers are cut along one axis each, everything else is in every file.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -124,11 +124,16 @@ class MetaDirectory:
         }
 
     def tensors(self, shard: str | None = None) -> Iterator[tuple[str, Tensor]]:
+        return self.named_tensors(self._places)
+
+    def named_tensors(self, names: Collection[str]) -> Iterator[tuple[str, Tensor]]:
         import torch
 
         from lorakit.weights.torch_file import release
 
         for name, (meta, part) in self._places.items():
+            if name not in names:
+                continue
             pieces = [file[meta] for file in self._files]
             axis = self._axis(meta)
             tensor = pieces[0] if axis is None else torch.cat(pieces, axis)

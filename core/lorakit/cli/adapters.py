@@ -13,21 +13,46 @@ FULL_PRECISION = "Do not quantize a base that the adapter was trained over quant
 @click.argument("run_or_adapter")
 @click.option("--output", metavar="DIR", help="Where the model directory goes.")
 @click.option("--check", is_flag=True, help="Only say whether vLLM serves the adapter unmerged.")
-def merge(run_or_adapter: str, output: str | None, check: bool) -> None:
+@click.option(
+    "--base",
+    default="original",
+    show_default=True,
+    type=click.Choice(["original", "dequantized"]),
+    help="Merge into the weights as they were before quantization, or after it.",
+)
+@click.option(
+    "--no-divergence", is_flag=True, help="Do not compare the two with the trained model."
+)
+@click.option("--device", default="auto", show_default=True, help="Where they are compared.")
+def merge(
+    run_or_adapter: str,
+    output: str | None,
+    check: bool,
+    base: str,
+    no_divergence: bool,
+    device: str,
+) -> None:
     """Fold an adapter into its base weights, as a Hugging Face model directory."""
     if output is None and not check:
         raise click.UsageError("Missing option '--output'.")
     from pathlib import Path
 
+    from lorakit.base_model import resolve_device
+    from lorakit.merge_divergence import divergence_sentence
+    from lorakit.mergeable import open_mergeable
     from lorakit.progress import TerminalProgress
-    from lorakit.trained import open_mergeable
 
     progress = TerminalProgress()
     opened = open_mergeable(run_or_adapter, progress)
+    place = resolve_device(device)
+    base_weight = opened.dequantized_base(place) if base == "dequantized" else None
     click.echo(f"serve with vLLM: {opened.serving_advice()}")
     if output is not None and not check:
-        opened.merge(Path(output), progress)
+        opened.merge(Path(output), progress, base_weight)
         click.echo(f"wrote {output}")
+        said = None if no_divergence else divergence_sentence(opened, place, progress)
+        if said:
+            click.echo(said)
 
 
 @click.command()

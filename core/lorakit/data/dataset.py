@@ -69,9 +69,21 @@ class Report:
 
 
 def load_dataset(
-    form: DatasetFormat, options: DataOptions, tokenizer: Tokenizer, progress: Progress
+    form: DatasetFormat,
+    options: DataOptions,
+    tokenizer: Tokenizer,
+    progress: Progress,
+    *,
+    first: int = 0,
 ) -> Dataset:
     """Reads and tokenizes the data files of a recipe.
+
+    Args:
+        form: Makes an example of a row.
+        options: The recipe's section.
+        tokenizer: With the template training uses.
+        progress: Counts rows.
+        first: Stop once there are so many examples; 0 reads all.
 
     Raises:
         UserError: Rows are malformed, or have no trained token; one message names the first
@@ -95,8 +107,8 @@ def load_dataset(
                 example = row
             if isinstance(example, Problem):
                 problems.append(example)
-                if len(problems) == SHOWN_PROBLEMS:
-                    break
+            if len(problems) == SHOWN_PROBLEMS or (first and len(examples) == first):
+                break
     if problems:
         raise _together(problems)
     if not examples:

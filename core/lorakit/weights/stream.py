@@ -8,7 +8,7 @@ Resident memory peaks at the model as stored plus one tensor.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -90,7 +90,7 @@ def stream_weights(
     checkpoint: BaseCheckpoint,
     *,
     device: torch.device,
-    dtype: torch.dtype,
+    dtype: torch.dtype | None,
     progress: Progress,
     quantize: Quantize | None = None,
     kept_linears: frozenset[str] = frozenset(),
@@ -101,7 +101,7 @@ def stream_weights(
         model: On the meta device.
         checkpoint: Has all its tensors; see `check_tensors`.
         device: Where the parameters go.
-        dtype: What floating-point parameters are kept in.
+        dtype: What floating-point parameters are kept in; None keeps each as it is stored.
         progress: Counts tensors.
         quantize: Replaces each linear layer by a quantized one as its weight arrives.
         kept_linears: Dotted names that are not quantized: the head.
@@ -122,17 +122,12 @@ def stream_weights(
             name = read.get(stored_name)
             if name is None:
                 continue
-            owner, _, leaf = name.rpartition(".")
-            linear = model.get_submodule(owner)
-            if (
-                quantize is not None
-                and leaf == "weight"
-                and isinstance(linear, nn.Linear)
-                and owner not in kept_linears
-            ):
+            linear = _linear_of(model, name, kept_linears) if quantize else None
+            if quantize is not None and linear is not None:
                 # Cast first: the scheme must not see a wider copy than would be stored.
                 weight = tensor.to(device=device, dtype=dtype)
-                _set(model, owner, _quantized(quantize, linear, weight, name))
+                quantized = _quantized(quantize, linear, weight, name)
+                _set(model, name.removesuffix(".weight"), quantized)
             else:
                 # Copied even where it could stay in the file's map: a file that is written over
                 # while a model trains on it must not change the model.
@@ -141,6 +136,48 @@ def stream_weights(
                 for full in [name, *aliases.get(name, [])]:
                     _set(model, full, parameter)
             task.advance()
+
+
+def dequantized_base(
+    model: nn.Module,
+    quantize: Quantize,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    kept_linears: frozenset[str] = frozenset(),
+) -> Callable[[str, Tensor], Tensor]:
+    """What a model that `stream_weights` quantized computes with, tensor by tensor.
+
+    Args:
+        model: On the meta device, without an adapter.
+        quantize: As there, and so are the others.
+        device: Where the quantization is done.
+        dtype: What a weight is in when it is quantized.
+        kept_linears: Those that are not.
+
+    Returns:
+        `(name, stored) -> tensor`: a quantized linear layer's weight `[out, in]` dequantized
+        again, on the CPU; any other tensor as it is stored.
+    """
+    parameters = _parameters(model)
+
+    def weight(name: str, stored: Tensor) -> Tensor:
+        linear = _linear_of(model, name, kept_linears) if name in parameters else None
+        if linear is None:
+            return stored
+        with torch.no_grad():
+            module = _quantized(quantize, linear, stored.to(device=device, dtype=dtype), name)
+            return cast(Tensor, cast(Any, module).dequantize()).cpu()
+
+    return weight
+
+
+def _linear_of(model: nn.Module, name: str, kept: frozenset[str]) -> nn.Linear | None:
+    """The linear layer whose weight the tensor of that name is, if it is to be quantized."""
+    owner, _, leaf = name.rpartition(".")
+    module = model.get_submodule(owner)
+    found = leaf == "weight" and isinstance(module, nn.Linear) and owner not in kept
+    return cast(nn.Linear, module) if found else None
 
 
 def _quantized(quantize: Quantize, linear: nn.Linear, weight: Tensor, name: str) -> nn.Module:

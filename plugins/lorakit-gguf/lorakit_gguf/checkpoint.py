@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -90,8 +90,13 @@ class GGUFCheckpoint:
         """
         if shard not in (None, _ONLY_SHARD):
             raise KeyError(shard)
+        return self.named_tensors(self.shards()[_ONLY_SHARD])
+
+    def named_tensors(self, names: Collection[str]) -> Iterator[tuple[str, Tensor]]:
+        """Those of the names; the others are not converted."""
         for name in self._file.tensors:
-            if found := self._architecture.slot(name):
+            found = self._architecture.slot(name)
+            if found and found[1] in names:
                 slot, hugging_face = found
                 tensor = self._file.tensor(name)
                 yield hugging_face, slot.fix(tensor, self.config) if slot.fix else tensor
