@@ -9,7 +9,7 @@ MOST_TRIES = 6
 CLOSE_ENOUGH = 0.97
 WIDE = 4
 LARGEST = 2**17
-"""Tokens beyond which nobody looks: rehearsing more takes minutes."""
+"""Tokens beyond which nobody looks."""
 
 
 def most_tokens_that_fit(

@@ -7,6 +7,8 @@ while they do what they would do in the run.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
+from itertools import chain
 from typing import Any, cast
 
 import torch
@@ -191,11 +193,20 @@ class _LabelledHead:
 
 
 def _label_dequantized(model: nn.Module, watch: StorageWatch) -> None:
+    """Stored weights are materialized by name only: of all that it takes, the result is what
+    counts."""
     for module in model.modules():
         if isinstance(module, StoredLinear):
-            module.dequantize = watch.labelling(  # type: ignore[method-assign]
-                type(module).dequantize.__get__(module), DEQUANTIZED
-            )
+            dequantize = watch.labelling(partial(_dequantized, module), DEQUANTIZED)
+            module.dequantize = dequantize  # type: ignore[method-assign]
+
+
+def _dequantized(module: StoredLinear, out: Tensor | None = None) -> Tensor:
+    if out is not None:
+        return out
+    device = next(chain(module.buffers(), module.parameters())).device
+    shape = (module.out_features, module.in_features)
+    return torch.empty(shape, dtype=module.compute_dtype, device=device)
 
 
 def _weight_bytes(model: nn.Module) -> dict[str, int]:

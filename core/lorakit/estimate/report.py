@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import cache
 from typing import Any
 
 import torch
@@ -17,6 +18,8 @@ from lorakit.options import CHECKPOINTING_MODES
 from lorakit.protocols import BaseCheckpoint, Precision
 from lorakit.recipes import Recipe, Section
 
+MOST_REHEARSED = 2**13
+"""Tokens in a rehearsal.  More take long, and memory grows evenly by then."""
 UNITS = ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB"))
 
 
@@ -77,7 +80,12 @@ def report_on(
         return Report(found, batch, rows, room, device, None, None)
     share = batch.trained / batch.tokens
 
+    @cache
     def peak(tokens: int) -> int:
+        if tokens > MOST_REHEARSED:
+            low, high = MOST_REHEARSED // 2, MOST_REHEARSED
+            slope = (peak(high) - peak(low)) / (high - low)
+            return int(peak(high) + slope * (tokens - high))
         length, over = divmod(tokens, rows)
         lengths = [n for n in (length + (row < over) for row in range(rows)) if n]
         sizes = MicroBatch(tuple(lengths), max(1, round(tokens * share)))
