@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import subprocess
 import sys
 import tempfile
@@ -19,6 +18,8 @@ from pathlib import Path
 from typing import Any
 
 import tomli_w
+
+from tests.bench.processes import run
 
 COMMON = {"model_type": "llama", "rms_norm_eps": 1e-5}
 SHAPES: dict[str, dict[str, Any]] = {
@@ -139,16 +140,8 @@ def write_recipe(folder: Path, sections: dict[str, Any], checkpointing: bool) ->
 
 def lorakit(*arguments: str) -> tuple[str, int]:
     """What it printed, and the most bytes that were resident."""
-    process = subprocess.Popen(
-        [sys.executable, "-m", "lorakit", *arguments], stdout=subprocess.PIPE, text=True
-    )
-    assert process.stdout is not None
-    printed = process.stdout.read()
-    _, status, usage = os.wait4(process.pid, 0)
-    if status:
-        raise SystemExit(f"lorakit {' '.join(arguments)} failed")
-    unit = 1 if sys.platform == "darwin" else 1024
-    return printed, usage.ru_maxrss * unit
+    done = run([sys.executable, "-m", "lorakit", *arguments])
+    return done.stdout, done.peak_bytes
 
 
 if __name__ == "__main__":

@@ -14,10 +14,8 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -30,15 +28,9 @@ from lorakit.testing.checkpoints import write_tokenizer
 from lorakit.weights.base import family_of
 from lorakit.weights.shard_writer import ShardWriter, stored_bytes
 from lorakit.weights.stream import linear_names
+from tests.bench.processes import run
 
 CATALOG = load_catalog()
-LAUNCHER = """
-import resource, subprocess, sys, time
-started = time.perf_counter()
-subprocess.run(sys.argv[1:], check=True, stdout=sys.stderr)
-peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
-print(peak, time.perf_counter() - started)
-"""
 INTERPRETER = "import torch, lorakit.mergeable; from safetensors import safe_open"
 QUANTIZED = "import lorakit.merge_divergence, bitsandbytes, numpy, tokenizers, jinja2"
 
@@ -113,31 +105,20 @@ def make_adapter(directory: Path, base: Path, *, quantized: bool = False, rank: 
         (directory.parent / "recipe.toml").write_text(f"[random]\n{section}\n")
 
 
-def peak_of(command: Sequence[str]) -> tuple[int, float]:
-    """Largest resident size in bytes, and seconds, of a process that has to end well.
-
-    A small process starts it: the kernel counts what its parent had before the exec as well.
-    """
-    launched = [sys.executable, "-c", LAUNCHER, *command]
-    done = subprocess.run(launched, check=True, stdout=subprocess.PIPE, text=True)
-    peak, seconds = done.stdout.split()
-    return int(peak) * (1 if sys.platform == "darwin" else 1024), float(seconds)
-
-
 def measure(base: Path, folder: Path, *, quantized: bool = False) -> dict[str, float]:
     """Merges a random adapter into `base`; sizes in bytes."""
     make_adapter(folder / "adapter", base, quantized=quantized)
     imports = f"{INTERPRETER}; {QUANTIZED}" if quantized else INTERPRETER
-    interpreter, _ = peak_of([sys.executable, "-c", imports])
+    interpreter = run([sys.executable, "-c", imports])
     merge = [sys.executable, "-m", "lorakit", "merge", str(folder / "adapter")]
-    peak, seconds = peak_of([*merge, "--output", str(folder / "merged")])
+    merged = run([*merge, "--output", str(folder / "merged")])
     sizes = [file.stat().st_size for file in base.glob("*.safetensors")]
     return {
         "model": sum(sizes),
         "largest shard": max(sizes),
-        "interpreter": interpreter,
-        "peak": peak,
-        "seconds": seconds,
+        "interpreter": interpreter.peak_bytes,
+        "peak": merged.peak_bytes,
+        "seconds": merged.seconds,
     }
 
 

@@ -9,13 +9,13 @@ from pathlib import Path
 
 import pytest
 
-BENCH = Path(__file__).resolve().parents[1] / "bench" / "merge_memory.py"
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def measured(*arguments: object) -> dict[str, float]:
     """In GB."""
-    command = [sys.executable, BENCH, *map(str, arguments)]
-    done = subprocess.run(command, check=False, capture_output=True, text=True)
+    command = [sys.executable, "-m", "tests.bench.merge_memory", *map(str, arguments)]
+    done = subprocess.run(command, cwd=ROOT, check=False, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return {k.strip(): float(v) for k, v in re.findall(r"(?m)^(\D+?) +([\d.]+) GB", done.stdout)}
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import json
 import resource
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -27,15 +28,10 @@ class Clock(TrainerCallback):
         self.tokens = self.trained = 0
         self.losses: list[float] = []
 
-    def counting(self, collate: Any) -> Any:
-        def collated(features: Any) -> Any:
-            batch = collate(features)
-            mask = batch.get("attention_mask")
-            self.tokens += int(batch["input_ids"].numel() if mask is None else mask.sum())
-            self.trained += int((batch["labels"] != -100).sum())
-            return batch
-
-        return collated
+    def count(self, batch: Any) -> None:
+        mask = batch.get("attention_mask")
+        self.tokens += int(batch["input_ids"].numel() if mask is None else mask.sum())
+        self.trained += int((batch["labels"] != -100).sum())
 
     def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
         self.started = time.perf_counter()
@@ -52,10 +48,21 @@ class Clock(TrainerCallback):
             self.losses.append(logs["loss"])
 
 
+class CountingTrainer(SFTTrainer):
+    """Counts a batch when it is trained: batches are collated one step ahead."""
+
+    clock: Clock
+
+    def training_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        self.clock.count(inputs)
+        return super().training_step(model, inputs, *args, **kwargs)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--model", required=True)
-    parser.add_argument("--rows", type=Path, required=True)
+    parser.add_argument("--rows", type=Path, help="chats; the last answer is trained")
+    parser.add_argument("--tokens", type=Path, help="rows of input_ids and completion_mask")
     parser.add_argument("--steps", type=int, required=True)
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--length", type=int, default=1024)
@@ -76,20 +83,26 @@ def main() -> None:
     model = AutoModelForCausalLM.from_pretrained(
         given.model, dtype=torch.float32, quantization_config=quantization, device_map="cpu"
     )
-    lines = given.rows.read_text(encoding="utf-8").splitlines()
-    rows = [json.loads(line)["messages"] for line in lines]
+    lines = (given.tokens or given.rows).read_text(encoding="utf-8").splitlines()
+    rows = [json.loads(line) for line in lines]
+    if given.rows:
+        chats = [row["messages"] for row in rows]
+        rows = [{"prompt": chat[:-1], "completion": chat[-1:]} for chat in chats]
     clock = Clock()
-    trainer = SFTTrainer(
+    output = tempfile.TemporaryDirectory()
+    trainer = CountingTrainer(
         model=model,
         processing_class=AutoTokenizer.from_pretrained(given.model),
-        train_dataset=Dataset.from_list([{"prompt": r[:-1], "completion": r[-1:]} for r in rows]),
+        train_dataset=Dataset.from_list(rows),
         peft_config=LoraConfig(r=8, lora_alpha=16, target_modules="all-linear"),
         args=SFTConfig(
-            output_dir=str(given.rows.parent / "trl-output"),
+            output_dir=output.name,
             max_steps=given.steps,
             per_device_train_batch_size=given.batch,
             max_length=given.length,
             packing=given.packed,
+            completion_only_loss=True,
+            train_sampling_strategy="sequential",
             gradient_checkpointing=given.checkpointing == "on",
             learning_rate=3e-4,
             lr_scheduler_type="constant",
@@ -102,7 +115,7 @@ def main() -> None:
         ),
         callbacks=[clock],
     )
-    trainer.data_collator = clock.counting(trainer.data_collator)
+    trainer.clock = clock
     trainer.train()
     print(
         json.dumps(

@@ -1,0 +1,187 @@
+"""The matrix products of a training step, and nothing else: what the step could at best take.
+
+    python -m tests.bench.matmul_limit RECIPE
+
+Builds the recipe's run as `lorakit train` does, with its process settings, and goes through the
+same batches.  Timed are, at the shapes, layer by layer and with the weights of the step:
+
+    linear layers   x W^T; backward dy W, where the input needs a gradient
+    low-rank        x A^T and (x A^T) B^T; backward dy B, (x A^T)^T dy, (dy B)^T x and (dy B) A
+    attention       q k^T and p v for each document, as whole squares; backward the four of
+                    their gradients
+    head            h W^T for the trained tokens, in the chunks of the loss; backward dz W
+
+All that can be written into memory that is there before is.  Products with frozen weights are
+made by each library that torch has for them (see `lorakit.modules.matmul`); the faster counts.
+Prints one JSON object, as the peers do.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from lorakit.assemble import Run, assemble
+from lorakit.data.batches import Batch
+from lorakit.loss import chunk_tokens
+from lorakit.modules.attention import Attention
+from lorakit.modules.low_rank import LowRank, low_rank_of, weight_of
+from lorakit.modules.matmul import times, times_transposed, use_onednn
+from lorakit.progress import TerminalProgress
+from lorakit.recipes import resolve_recipe
+
+READS_INPUT = ("q_proj", "k_proj", "v_proj", "qkv_proj")
+"""Layers that read what their block reads."""
+
+
+class Scratch:
+    """Memory by name and shape, filled once with random numbers.
+
+    Args:
+        onednn: Whether oneDNN makes the products with frozen weights.
+    """
+
+    def __init__(self, *, onednn: bool) -> None:
+        self.onednn = use_onednn(onednn)
+        self._kept: dict[tuple[str, tuple[int, ...]], Tensor] = {}
+
+    def __call__(self, name: str, *shape: int) -> Tensor:
+        key = name, shape
+        if key not in self._kept:
+            self._kept[key] = torch.randn(shape).mul_(0.1)
+        return self._kept[key]
+
+
+def project(x: Tensor, weight: Tensor, y: Tensor, scratch: Scratch) -> Tensor:
+    """x W^T; oneDNN's cannot be written into y."""
+    return times_transposed(x, weight) if scratch.onednn else torch.mm(x, weight.t(), out=y)
+
+
+def project_back(dy: Tensor, weight: Tensor, dx: Tensor, scratch: Scratch) -> Tensor:
+    """dy W; oneDNN's cannot be written into dx."""
+    return times(dy, weight) if scratch.onednn else torch.mm(dy, weight, out=dx)
+
+
+def linear_forward(part: LowRank, tokens: int, scratch: Scratch) -> None:
+    """y = x W^T + (x A^T) B^T."""
+    weight = weight_of(part.base, scratch("x", 1))
+    out, wide = weight.shape
+    x, y = scratch("x", tokens, wide), scratch("y", tokens, out)
+    y = project(x, weight, y, scratch)
+    if part.down is not None and part.up is not None:
+        low = scratch("low", tokens, len(part.down))
+        torch.mm(x, part.down.t(), out=low)
+        y.addmm_(low, part.up.t())
+
+
+def linear_backward(part: LowRank, tokens: int, scratch: Scratch, needs_dx: bool) -> None:
+    """dx = dy W + (dy B) A, and the gradients of A and B."""
+    weight = weight_of(part.base, scratch("x", 1))
+    out, wide = weight.shape
+    x, dy, dx = scratch("x", tokens, wide), scratch("y", tokens, out), scratch("dx", tokens, wide)
+    if needs_dx:
+        dx = project_back(dy, weight, dx, scratch)
+    if part.down is not None and part.up is not None:
+        rank = len(part.down)
+        low, d_low = scratch("low", tokens, rank), scratch("d_low", tokens, rank)
+        torch.mm(dy, part.up, out=d_low)
+        torch.mm(low.t(), dy, out=scratch("d_up", rank, out))
+        torch.mm(d_low.t(), x, out=scratch("d_down", rank, wide))
+        if needs_dx:
+            dx.addmm_(d_low, part.down)
+
+
+def attention_products(
+    heads: int, head_dim: int, length: int, scratch: Scratch, *, backward: bool
+) -> None:
+    """Of one document: 2 forward, 4 backward, each `[T, T, Dh]` multiplications a head."""
+    q, k, v = (scratch(name, heads, length, head_dim) for name in "qkv")
+    scores = scratch("scores", heads, length, length)
+    if not backward:
+        torch.bmm(q, k.transpose(1, 2), out=scores)
+        torch.bmm(scores, v, out=scratch("attended", heads, length, head_dim))
+        return
+    d_out = scratch("attended", heads, length, head_dim)
+    d_scores = scratch("d_scores", heads, length, length)
+    torch.bmm(scores.transpose(1, 2), d_out, out=scratch("dv", heads, length, head_dim))
+    torch.bmm(d_out, v.transpose(1, 2), out=d_scores)
+    torch.bmm(d_scores, k, out=scratch("dq", heads, length, head_dim))
+    torch.bmm(d_scores.transpose(1, 2), q, out=scratch("dk", heads, length, head_dim))
+
+
+def head_products(weight: Tensor, trained: int, scratch: Scratch) -> None:
+    vocabulary, dim = weight.shape
+    chunk = min(chunk_tokens(vocabulary), trained)
+    for start in range(0, trained, chunk):
+        count = min(chunk, trained - start)
+        h, logits = scratch("h", count, dim), scratch("logits", chunk, vocabulary)[:count]
+        logits = project(h, weight, logits, scratch)
+        project_back(logits, weight, scratch("dh", count, dim), scratch)
+
+
+def step_products(run: Run, batch: Batch, scratch: Scratch) -> None:
+    """Forward block by block, the head, then backward."""
+    tokens = len(batch.tokens)
+    blocks = list(run.base.causal_lm.blocks)
+    for block in blocks:
+        for _, part in linear_layers(block):
+            linear_forward(part, tokens, scratch)
+        _attend(block, batch, scratch, backward=False)
+    weight = run.base.causal_lm.lm_head.weight
+    assert isinstance(weight, Tensor)
+    head_products(weight, batch.trained, scratch)
+    for index, block in reversed(list(enumerate(blocks))):
+        _attend(block, batch, scratch, backward=True)
+        for name, part in reversed(list(linear_layers(block))):
+            # Embeddings are frozen: what reads them needs no gradient of its input.
+            reads_embeddings = index == 0 and name.rsplit(".", 1)[-1] in READS_INPUT
+            linear_backward(part, tokens, scratch, not reads_embeddings)
+
+
+def linear_layers(block: nn.Module) -> Iterator[tuple[str, LowRank]]:
+    adapted: set[str] = set()
+    for name, module in block.named_modules():
+        if any(name.startswith(f"{outer}.") for outer in adapted):
+            continue
+        part = low_rank_of(module) if isinstance(module, nn.Module) else None
+        if part is not None:
+            adapted.add(name)
+            yield name, part
+
+
+def _attend(block: nn.Module, batch: Batch, scratch: Scratch, *, backward: bool) -> None:
+    for module in block.modules():
+        if isinstance(module, Attention):
+            heads = module.widths[0] // module.head_dim
+            for length in batch.layout.lengths:
+                attention_products(heads, module.head_dim, length, scratch, backward=backward)
+
+
+def main() -> None:
+    recipe = resolve_recipe(sys.argv[1])
+    run = assemble(recipe, TerminalProgress())
+    steps = []
+    with torch.no_grad():
+        for _, (batch,) in zip(range(run.total_steps), run.plan.windows(0, 0), strict=False):
+            seconds = min(timed(run, batch, onednn=False), timed(run, batch, onednn=True))
+            counts = {"tokens": len(batch.tokens), "trained_tokens": batch.trained}
+            steps.append({"seconds": seconds, **counts})
+    print(json.dumps({"steps": steps, "losses": []}))
+
+
+def timed(run: Run, batch: Batch, *, onednn: bool) -> float:
+    """Seconds of the batch's products, made once before to fill the memory."""
+    scratch = Scratch(onednn=onednn)
+    step_products(run, batch, scratch)
+    started = time.perf_counter()
+    step_products(run, batch, scratch)
+    return time.perf_counter() - started
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,191 @@
+"""The benchmark's runs, part by part, in the order in which they are made."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+from attrs import frozen
+
+from tests.bench.inputs import Inputs
+from tests.bench.targets import CANDIDATE, LONG, QLORA, chosen
+from tests.bench.trained import (
+    Setting,
+    matmul_limit,
+    packed,
+    startup_seconds,
+    train_lorakit,
+    train_peer,
+)
+
+Found = dict[str, Any]
+
+
+@frozen
+class Variant:
+    """A run: its name, and what makes it."""
+
+    name: str
+    make: Callable[[], Found]
+
+
+CANDIDATES = {
+    f"{CANDIDATE}packed {tokens:,}{label}": packed(tokens, checkpointing)
+    for tokens in (1024, 2048)
+    for checkpointing, label in (
+        (False, ""),
+        ("selective", ", checkpointing selective"),
+        (True, ", checkpointing on"),
+    )
+}
+DEFAULT = f"{CANDIDATE}packed 2,048"
+LENGTHS = (256, 512, 1024, 2048)
+MEMORY_LENGTHS = (1024, 2048, 4096, 8192)
+LIMIT_STEP, LIMIT_PRODUCTS = "limit: step", "limit: matrix products"
+SHORT_DOCUMENT = 256
+
+
+def best(results: Mapping[str, Any]) -> Setting:
+    return CANDIDATES.get(chosen(results) or DEFAULT, CANDIDATES[DEFAULT])
+
+
+def against_peers(inputs: Inputs, steps: int, results: Mapping[str, Any]) -> Iterator[Variant]:
+    rows = inputs.rows()
+
+    def trl(*options: str) -> Callable[[], Found]:
+        return lambda: train_peer(
+            "trl_sft.py", inputs, steps=steps, options=["--rows", str(rows), *options]
+        )
+
+    packing = ["--packed", "--length", "512"]
+    off = ["--checkpointing", "off"]
+    yield Variant("TRL, padded batches of 4", trl())
+    yield Variant("TRL, padded batches of 4, checkpointing off", trl(*off))
+    yield Variant("TRL, packed 4 x 512", trl(*packing))
+    yield Variant("TRL, packed 4 x 512, checkpointing off", trl(*packing, *off))
+    yield Variant(
+        "HF loop, padded batches of 4",
+        lambda: train_peer("hf_loop.py", inputs, steps=steps, options=["--rows", str(rows)]),
+    )
+    for name, setting in CANDIDATES.items():
+        yield Variant(name, lambda s=setting: train_lorakit(s, inputs, rows=rows, steps=steps))
+
+
+def against_the_limit(inputs: Inputs, steps: int, results: Mapping[str, Any]) -> Iterator[Variant]:
+    """A step without checkpointing, whose products are done once, and those products."""
+    rows, setting = inputs.rows(), best(results).but(training={"activation_checkpointing": False})
+    yield Variant(LIMIT_STEP, lambda: train_lorakit(setting, inputs, rows=rows, steps=steps))
+    yield Variant(LIMIT_PRODUCTS, lambda: matmul_limit(setting, inputs, rows=rows, steps=steps))
+
+
+def quantized(inputs: Inputs, steps: int, results: Mapping[str, Any]) -> Iterator[Variant]:
+    rows = inputs.rows()
+    options = ["--rows", str(rows), "--nf4"]
+    yield Variant(
+        QLORA[0].peer, lambda: train_peer("trl_sft.py", inputs, steps=steps, options=options)
+    )
+    setting = best(results).but(quantization="nf4")
+    yield Variant("lorakit nf4", lambda: train_lorakit(setting, inputs, rows=rows, steps=steps))
+
+
+def long_context(inputs: Inputs, steps: int, results: Mapping[str, Any]) -> Iterator[Variant]:
+    """A short chat to warm up with, and one long one: minutes a step for the peer."""
+    for length, target in LONG.items():
+        rows, tokens = inputs.long_rows(length), inputs.long_tokens(length)
+        options = ["--tokens", str(tokens), "--batch", "1", "--length", str(length)]
+        yield Variant(
+            target.peer,
+            lambda o=options: train_peer("trl_sft.py", inputs, steps=2, options=o),
+        )
+        for label, checkpointing in (
+            ("checkpointing on", True),
+            ("checkpointing selective", "selective"),
+        ):
+            setting = Setting(
+                data={"max_seq_len": length},
+                training={"activation_checkpointing": checkpointing},
+            )
+            yield Variant(
+                f"{target.ours}, {label}",
+                lambda s=setting, r=rows: train_lorakit(s, inputs, rows=r, steps=2),
+            )
+
+
+def ablation(inputs: Inputs, steps: int, results: Mapping[str, Any]) -> Iterator[Variant]:
+    """One technique off at a time, from the chosen setting."""
+    rows, base = inputs.rows(), best(results)
+    for name, setting in {
+        "all on": base,
+        "not packed (batches of 4 documents)": base.but(
+            data={"packed": False, "max_seq_len": 1024}, training={"batch_size": 4}
+        ),
+        "not packed (1 document a step)": base.but(data={"packed": False, "max_seq_len": 1024}),
+        "plain autograd (fused = false)": base.but(training={"fused": False}),
+        "whole logits (no chunked loss)": base.but(without="chunked-loss"),
+        "every token projected": base.but(without="trained-only"),
+        "torch's own attention call per document": base.but(without="flash-kernel"),
+        "products by torch's default library": base.but(without="onednn"),
+        "process settings off (LORAKIT_TUNE=0)": base.but(env={"LORAKIT_TUNE": "0"}),
+        "compile on": base.but(training={"compile": True}),
+        "checkpointing off": base.but(training={"activation_checkpointing": False}),
+        "checkpointing selective": base.but(training={"activation_checkpointing": "selective"}),
+        "checkpointing on": base.but(training={"activation_checkpointing": True}),
+    }.items():
+        if name != "all on" and setting == base:
+            continue
+        yield Variant(
+            f"ablation: {name}",
+            lambda s=setting: train_lorakit(s, inputs, rows=rows, steps=steps),
+        )
+
+
+def scaling(inputs: Inputs, steps: int, results: Mapping[str, Any]) -> Iterator[Variant]:
+    rows, base = inputs.short_rows(SHORT_DOCUMENT), best(results)
+    for tokens in LENGTHS:
+        setting = base.but(data={"packed": True, "max_seq_len": tokens})
+        # Short steps are many, so that each length is timed for about as long.
+        count = 1 + (steps - 1) * min(4, max(LENGTHS) // tokens)
+        yield Variant(
+            f"time: {tokens:,} tokens a row",
+            lambda s=setting, n=count: train_lorakit(s, inputs, rows=rows, steps=n),
+        )
+    for tokens in MEMORY_LENGTHS:
+        setting = packed(tokens, True)
+        yield Variant(
+            f"memory: {tokens:,} tokens a row",
+            lambda s=setting: train_lorakit(s, inputs, rows=rows, steps=1),
+        )
+
+
+def dora(inputs: Inputs, steps: int, results: Mapping[str, Any]) -> Iterator[Variant]:
+    """In turn and twice, since a tenth is to be seen."""
+    rows, base = inputs.rows(), best(results)
+    for turn in (1, 2):
+        for name, on in (("LoRA", False), ("DoRA", True)):
+            setting = base.but(adapter={"dora": on})
+            yield Variant(
+                f"adapter: {name}, turn {turn}",
+                lambda s=setting: train_lorakit(s, inputs, rows=rows, steps=steps),
+            )
+
+
+def startup(inputs: Inputs, steps: int, results: Mapping[str, Any]) -> Iterator[Variant]:
+    """One document a step: it is over soon, and all before it is the same."""
+    rows = inputs.rows()
+    yield Variant(
+        "start-up",
+        lambda: {"seconds": [startup_seconds(Setting(), inputs, rows=rows) for _ in range(steps)]},
+    )
+
+
+PARTS: dict[str, Callable[[Inputs, int, Mapping[str, Any]], Iterator[Variant]]] = {
+    "peers": against_peers,
+    "limit": against_the_limit,
+    "qlora": quantized,
+    "long": long_context,
+    "ablation": ablation,
+    "scaling": scaling,
+    "dora": dora,
+    "startup": startup,
+}
+WITH_PEERS = ("peers", "qlora", "long")

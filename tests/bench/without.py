@@ -1,0 +1,84 @@
+"""`lorakit train` with one of its techniques left out; for those that no recipe key turns off.
+
+    python -m tests.bench.without TECHNIQUE RECIPE --output DIR
+
+The product has no switch for them: what is replaced here is looked up by name and has to exist.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import lorakit
+from lorakit import loss
+from lorakit.data.batches import IGNORED
+from lorakit.modules import attention, matmul
+from lorakit.protocols import CausalLM
+
+
+def whole_logits(model: CausalLM, hidden: Tensor, labels: Tensor) -> Tensor:
+    """Cross-entropy over the logits of all trained tokens at once, by plain autograd."""
+    kept = (labels != IGNORED).nonzero().squeeze(1)
+    logits = model.logits(hidden.index_select(0, kept))
+    return F.cross_entropy(logits.float(), labels.index_select(0, kept), reduction="sum")
+
+
+def every_token(model: CausalLM, hidden: Tensor, labels: Tensor) -> Tensor:
+    """The product's own loss, with untrained tokens projected too.
+
+    Their hidden states are replaced by zeros, which cost as much, have a loss of log V each, and
+    need no gradient.
+    """
+    kept = labels != IGNORED
+    zeroed = torch.where(kept.unsqueeze(1), hidden, 0)
+    total = _own_loss(model, zeroed, labels.clamp_min(0))
+    return total - int((~kept).sum()) * math.log(model.lm_head.out_features)
+
+
+def no_kernel(q: Tensor) -> bool:
+    """For `has_flash`: scaled_dot_product_attention for each document instead."""
+    return False
+
+
+def no_onednn(on: bool) -> bool:
+    """For `use_onednn`: torch's default library for products."""
+    return False
+
+
+_own_loss = loss.cross_entropy_sum
+REPLACED: dict[str, tuple[Any, str, Callable[..., Any]]] = {
+    "chunked-loss": (loss, "cross_entropy_sum", whole_logits),
+    "trained-only": (loss, "cross_entropy_sum", every_token),
+    "onednn": (matmul, "use_onednn", no_onednn),
+    "flash-kernel": (attention, "has_flash", no_kernel),
+}
+
+
+@contextmanager
+def without(technique: str) -> Iterator[None]:
+    """Within it, lorakit does not use that technique."""
+    module, name, replacement = REPLACED[technique]
+    own = getattr(module, name)
+    setattr(module, name, replacement)
+    try:
+        yield
+    finally:
+        setattr(module, name, own)
+
+
+def main() -> None:
+    technique, recipe, _, output = sys.argv[1:]
+    with without(technique):
+        lorakit.train(recipe, output=output)
+
+
+if __name__ == "__main__":
+    main()
