@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from contextlib import nullcontext
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -18,7 +18,8 @@ from lorakit.adapters import (
 )
 from lorakit.atomic import write_file
 from lorakit.base_model import BaseModel, load_weights, open_base_model, resolve_device
-from lorakit.blocks import checkpoint_blocks, compile_blocks
+from lorakit.blocks import checkpoint_blocks
+from lorakit.compilation import check_compiler, compilation_told, compile_blocks
 from lorakit.data.batches import BatchPlan
 from lorakit.data.dataset import Dataset, load_dataset
 from lorakit.data.tokenizer import Tokenizer
@@ -183,6 +184,8 @@ def assemble(
         check_memory: Refuse a run that cannot fit, before its weights are loaded.
     """
     device = resolve_device(recipe.run.device)
+    if recipe.training.compile:
+        check_compiler(device)
     tuned = tune_process(device, save_memory=recipe.training.saves_memory)
     precision = recipe.precision.record.resolve(device, recipe.precision.options)
     base = open_base_model(recipe.model.options.path, recipe.catalog, progress, family=recipe.model)
@@ -211,10 +214,11 @@ def assemble(
     base.model.train()
     training = recipe.training
     offload = offload_to_host(device) if training.activation_offloading else None
-    checkpoint_blocks(base.causal_lm, str(training.activation_checkpointing), offload)
-    set_fused(training.fused)
     if training.compile:
         compile_blocks(base.causal_lm)
+    mode = str(training.activation_checkpointing)
+    checkpoint_blocks(base.causal_lm, mode, offload, compiled=training.compile)
+    set_fused(training.fused)
     total = sum(plan.steps(epoch) for epoch in range(training.epochs))
     total = min(total, training.max_steps) if training.max_steps else total
     notices = [n for n in (tuned, precision.notice, _optimizer_notice(recipe, device)) if n]
@@ -299,8 +303,12 @@ def _fit(
             write_merged(run, recipe.output / f"{MERGED}-epoch-{state.epoch}", progress)
 
     left = run.total_steps - state.step
-    record = profiled(optimizer, left, recipe.output / PROFILE, log)
-    with stop_on_signals() as stop, record if recipe.training.profile else nullcontext():
+    with ExitStack() as around:
+        stop = around.enter_context(stop_on_signals())
+        if recipe.training.profile:
+            around.enter_context(profiled(optimizer, left, recipe.output / PROFILE, log))
+        if recipe.training.compile:
+            around.enter_context(compilation_told(optimizer, log))
         train(
             run.base.causal_lm,
             run.plan,

@@ -16,7 +16,11 @@ from lorakit.protocols import CausalLM
 
 
 def checkpoint_blocks(
-    model: CausalLM, mode: str = "block", offload: ActivationOffload | None = None
+    model: CausalLM,
+    mode: str = "block",
+    offload: ActivationOffload | None = None,
+    *,
+    compiled: bool = False,
 ) -> None:
     """Activation checkpointing: keeps less for the backward pass, and computes it again there.
 
@@ -31,13 +35,14 @@ def checkpoint_blocks(
             without a part named `mlp` then keeps its input only.
         offload: In block mode, keeps those inputs on the host; but the last block's, which is
             needed at once.
+        compiled: The blocks are; what is kept of their norms is then the compiler's choice.
     """
     last = len(model.blocks) - 1
     for i, block in enumerate(model.blocks):
         if mode == "none":
             continue
         if mode == "selective" and isinstance(getattr(block, "mlp", None), nn.Module):
-            _recompute_selectively(block)
+            _recompute_selectively(block, norms=not compiled)
         else:
             hooks = offload.hooks if offload and i < last else nullcontext
             block.forward = partial(_checkpointed, block, block.forward, hooks)
@@ -51,12 +56,13 @@ def _checkpointed(module: nn.Module, forward: Any, hooks: Any, *args: Any) -> An
         return checkpoint(forward, *args, use_reentrant=False)
 
 
-def _recompute_selectively(block: Any) -> None:
+def _recompute_selectively(block: Any, *, norms: bool) -> None:
     if hasattr(block.mlp, "recompute"):
         block.mlp.recompute = True
     else:
         block.mlp.forward = partial(_checkpointed, block.mlp, block.mlp.forward, nullcontext)
-    block.forward = RecomputedNorms(block, block.forward)
+    if norms:
+        block.forward = RecomputedNorms(block, block.forward)
 
 
 class RecomputedNorms:
@@ -78,9 +84,7 @@ class RecomputedNorms:
                 module.register_forward_hook(self._note)
 
     def __call__(self, *args: Any) -> Any:
-        keeps = self.block.training and torch.is_grad_enabled()
-        # What a compiled block keeps is the compiler's choice.
-        if not keeps or torch.compiler.is_compiling():
+        if not (self.block.training and torch.is_grad_enabled()):
             return self.forward(*args)
         try:
             with torch.autograd.graph.saved_tensors_hooks(self._pack, _unpack):
@@ -110,9 +114,3 @@ def _unpack(kept: Any) -> Tensor:
 
 def _memory(tensor: Tensor) -> int:
     return tensor.untyped_storage()._cdata
-
-
-def compile_blocks(model: CausalLM) -> None:
-    """torch.compile block by block: one compilation serves them all, so starting stays short."""
-    for block in model.blocks:
-        block.compile()

@@ -12,6 +12,7 @@ from lorakit.modules.flash import flash_documents, has_flash
 from lorakit.modules.layout import Layout
 from lorakit.modules.low_rank import fused_now, projections
 from lorakit.modules.rope import Rotary
+from lorakit.modules.uncompiled import uncompiled
 
 QUERY_BLOCK = 512
 """Queries that share a mask: a document's own would be [T, T]."""
@@ -108,6 +109,7 @@ class FusedAttention(Attention):
         return q, k, v
 
 
+@uncompiled
 def document_attention(
     q: Tensor,
     k: Tensor,

@@ -15,6 +15,7 @@ from torch.autograd.function import once_differentiable
 
 from lorakit.modules.layout import Layout
 from lorakit.modules.low_rank import fused_now
+from lorakit.modules.uncompiled import uncompiled
 
 
 class Rotary:
@@ -39,6 +40,7 @@ class Rotary:
         """frequency_i = base^(-2i/Dh)."""
         return cls(base_frequencies(head_dim, base))
 
+    @uncompiled
     def tables(self, layout: Layout, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """cos and sin `[T, 1, R]` at the layout's positions, computed once a micro-batch."""
         return layout.derived((id(self), dtype), lambda: self._compute(layout, dtype))
