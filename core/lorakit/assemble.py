@@ -8,7 +8,7 @@ from contextlib import ExitStack
 from typing import Any
 
 import torch
-from attrs import frozen
+from attrs import evolve, frozen
 
 from lorakit.adapters import (
     adapter_config,
@@ -30,6 +30,7 @@ from lorakit.loop import Limits, Result, train, trainable_parameters
 from lorakit.modules.low_rank import set_fused
 from lorakit.offloading import offload_to_host
 from lorakit.optimizer import build_optimizer
+from lorakit.options import AUTO
 from lorakit.profiling import profiled
 from lorakit.progress import TerminalProgress
 from lorakit.protocols import Precision, Progress, RunInfo, Snapshot, SnapshotStore
@@ -186,17 +187,19 @@ def assemble(
     device = resolve_device(recipe.run.device)
     if recipe.training.compile:
         check_compiler(device)
-    tuned = tune_process(device, save_memory=recipe.training.saves_memory)
     precision = recipe.precision.record.resolve(device, recipe.precision.options)
     base = open_base_model(recipe.model.options.path, recipe.catalog, progress, family=recipe.model)
     data = recipe.data.options
     tokenizer = base.tokenizer.with_template(data.chat_template)
     dataset = load_dataset(recipe.data.record, data, tokenizer, progress)
     plan = batch_plan(recipe, dataset)
+    training = _with_mode(recipe, base, plan, device, precision).training
+    tuned = tune_process(device, save_memory=training.saves_memory)
     if check_memory:
         from lorakit.estimate.check import check_that_it_fits
 
-        check_that_it_fits(recipe, base.checkpoint, plan, device, precision)
+        sized = evolve(recipe, training=training)
+        check_that_it_fits(sized, base.checkpoint, plan, device, precision)
     if weights:
         load_weights(
             base,
@@ -212,16 +215,17 @@ def assemble(
     if weights:
         load_start(base.model, adapted, adapter.record, adapter.options, recipe.catalog)
     base.model.train()
-    training = recipe.training
+    mode = str(training.activation_checkpointing)
     offload = offload_to_host(device) if training.activation_offloading else None
     if training.compile:
         compile_blocks(base.causal_lm)
-    mode = str(training.activation_checkpointing)
     checkpoint_blocks(base.causal_lm, mode, offload, compiled=training.compile)
     set_fused(training.fused)
     total = sum(plan.steps(epoch) for epoch in range(training.epochs))
     total = min(total, training.max_steps) if training.max_steps else total
     notices = [n for n in (tuned, precision.notice, _optimizer_notice(recipe, device)) if n]
+    if recipe.training.activation_checkpointing == AUTO:
+        notices.append(f"activation checkpointing: {mode}, the fastest that fits")
     if training.activation_offloading and offload is None:
         notices.append(
             f"training.activation_offloading: changes nothing, for on {device.type} activations "
@@ -247,6 +251,18 @@ def batch_plan(recipe: Recipe, dataset: Dataset) -> BatchPlan:
         packed_length=data.max_seq_len if data.packed else 0,
         shuffle=data.shuffle,
     )
+
+
+def _with_mode(
+    recipe: Recipe, base: BaseModel, plan: BatchPlan, device: torch.device, precision: Precision
+) -> Recipe:
+    if recipe.training.activation_checkpointing != AUTO:
+        return recipe
+    from lorakit.estimate.check import with_checkpointing_chosen
+    from lorakit.estimate.subject import largest_micro_batch
+
+    largest = largest_micro_batch(plan, recipe)
+    return with_checkpointing_chosen(recipe, base.checkpoint, largest, device, precision)
 
 
 def _optimizer_notice(recipe: Recipe, device: torch.device) -> str | None:

@@ -125,6 +125,8 @@ class ScheduleOptions:
 
 
 CHECKPOINTING_MODES = ("none", "selective", "block")
+"""Of activations, the fastest first; each keeps less than the one before."""
+AUTO = "auto"
 
 
 def _checkpointing_mode(value: bool | str) -> str:
@@ -143,7 +145,8 @@ class TrainingOptions:
         max_grad_norm: Clip the gradients' global 2-norm to this; 0 means never.
         activation_checkpointing: Keep less for the backward pass, and compute it again there.
             `selective` computes the norms and the feed-forward layers again; `block` (or true)
-            keeps only each block's input, the least; `none` (or false) keeps all.
+            keeps only each block's input, the least; `none` (or false) keeps all; `auto` takes
+            the first of `none`, `selective` and `block` that fits by the memory estimate.
         activation_offloading: Move the blocks' inputs to host memory until the backward pass
             needs them.  On CUDA; elsewhere they are there already.
         compile: Run each block through torch.compile.
@@ -170,9 +173,10 @@ class TrainingOptions:
 
     @activation_checkpointing.validator
     def _is_a_mode(self, _: attrs.Attribute[bool | str], value: bool | str) -> None:
-        if isinstance(value, str) and value not in CHECKPOINTING_MODES:
-            hint = did_you_mean(value, CHECKPOINTING_MODES)
-            known = listing(("true", "false", *CHECKPOINTING_MODES))
+        names = (*CHECKPOINTING_MODES, AUTO)
+        if isinstance(value, str) and value not in names:
+            hint = did_you_mean(value, names)
+            known = listing(("true", "false", *names))
             raise ValueError(f'"{value}" is none of {known}{hint}')
 
     @activation_offloading.validator

@@ -72,6 +72,21 @@ def test_no_row_is_opened_while_another_has_space(drawn):
             assert used + sizes[row[0]] > CAPACITY
 
 
+@given(orders())
+def test_each_example_goes_into_the_fullest_row_that_takes_it(drawn):
+    """Played back without a sorted list of spaces."""
+    order, sizes = drawn
+    row_of = {i: number for number, row in enumerate(pack(order, sizes, CAPACITY)) for i in row}
+    space: dict[int, int] = {}
+    for index in order:
+        row = row_of[index]
+        enough = [left for left in space.values() if left >= sizes[index]]
+        assert (row in space) == bool(enough)
+        if enough:
+            assert space[row] == min(enough)
+        space[row] = space.get(row, CAPACITY) - sizes[index]
+
+
 def test_an_example_goes_where_it_fits_best():
     assert pack([0, 1, 2, 3], [20, 25, 5, 10], CAPACITY) == [(0, 3), (1, 2)]
 
@@ -103,13 +118,15 @@ def test_epochs_and_seeds_differ_in_their_order():
     assert len(set(found.values())) == len(found)
 
 
-@given(lengths, st.integers(1, 4), st.integers(1, 4), st.data())
-def test_windows_from_a_cursor_are_the_rest_of_the_epoch(sizes, batch_size, window, data):
-    plan = plan_of(sizes, batch_size=batch_size, window=window)
+@given(lengths, st.integers(1, 4), st.integers(1, 4), st.booleans(), st.data())
+def test_windows_from_a_cursor_are_the_rest_of_the_epoch(sizes, batch_size, window, packed, data):
+    plan = plan_of(sizes, batch_size=batch_size, window=window, packed=packed)
     whole = [[b.rows for b in w] for w in plan.windows(0, 0)]
     assert len(whole) == plan.steps(0)
     assert all(len(w) == window for w in whole[:-1])
     done = data.draw(st.integers(0, len(whole)))
+    # As in another process, which has planned nothing yet.
+    plan = plan_of(sizes, batch_size=batch_size, window=window, packed=packed)
     assert [[b.rows for b in w] for w in plan.windows(0, done * window)] == whole[done:]
 
 

@@ -18,7 +18,7 @@ from lorakit.modules.low_rank import plain_path
 from lorakit.options import CHECKPOINTING_MODES
 from lorakit.recipes import resolve_recipe
 
-MODES = [mode for mode in CHECKPOINTING_MODES if mode not in ("none", "auto")]
+MODES = [mode for mode in CHECKPOINTING_MODES if mode != "none"]
 
 
 class LiveStorages(TorchDispatchMode):
@@ -169,7 +169,8 @@ def test_evaluation_is_left_alone(mode, make_model, make_batch):
 
 
 @pytest.mark.parametrize(
-    ("written", "means"), [("true", "block"), ("false", "none"), *((m, m) for m in MODES)]
+    ("written", "means"),
+    [("true", "block"), ("false", "none"), ("auto", "auto"), *((m, m) for m in MODES)],
 )
 def test_what_a_recipe_may_say(written, means, make_recipe):
     value = {"true": True, "false": False}.get(written, written)

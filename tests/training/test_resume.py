@@ -120,10 +120,11 @@ def test_interrupted_run_resumes_to_the_same_adapter(
     [
         {"optimizer": {"name": "sgd", "momentum": 0.9, "lr": 1e-2}},
         {"adapter": {"dora": True}},
-        {"training": {"activation_checkpointing": True}},
+        {"training": {"activation_checkpointing": "block"}},
+        {"training": {"activation_checkpointing": "selective"}},
         {"data": {"shuffle": False}},
     ],
-    ids=["sgd_momentum", "dora", "activation_checkpointing", "file_order"],
+    ids=["sgd_momentum", "dora", "block", "selective", "file_order"],
 )
 def test_resume_is_exact_whatever_is_trained_how(
     changes, recipe, tmp_path, signal_at, monkeypatch, read_metrics

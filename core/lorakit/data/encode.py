@@ -100,11 +100,12 @@ def _turn_tokens(span: Span, encoding: tokenizers.Encoding, tokenizer: Tokenizer
     A turn that no special token ends is trained to the end of its content.
     """
     taken = list(_tokens_in(encoding, span.start, span.end))
+    # Each access to an encoding's attribute makes the whole list anew.
+    ids, offsets = encoding.ids, encoding.offsets
     for count, index in enumerate(taken, start=1):
-        behind = encoding.offsets[index][0] >= span.content_end
-        if behind and tokenizer.is_special(encoding.ids[index]):
+        if offsets[index][0] >= span.content_end and tokenizer.is_special(ids[index]):
             return taken[:count]
-    return [index for index in taken if encoding.offsets[index][0] < span.content_end]
+    return [index for index in taken if offsets[index][0] < span.content_end]
 
 
 def _tokens_in(encoding: tokenizers.Encoding, start: int, end: int) -> Iterator[int]:

@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 from lorakit.base_model import build_on_meta, resolve_device
 from lorakit.data.batches import BatchPlan
 from lorakit.errors import UserError
+from lorakit.estimate.rehearsal import MicroBatch, with_checkpointing
 from lorakit.estimate.report import Report, compare, report_on, table
 from lorakit.estimate.room import room_on
 from lorakit.estimate.subject import (
@@ -20,6 +21,7 @@ from lorakit.estimate.subject import (
     open_shapes,
     worst_micro_batch,
 )
+from lorakit.options import AUTO, CHECKPOINTING_MODES
 from lorakit.progress import TerminalProgress
 from lorakit.protocols import BaseCheckpoint, Precision
 from lorakit.recipes import Recipe
@@ -63,6 +65,34 @@ def check_that_it_fits(
         )
 
 
+def with_checkpointing_chosen(
+    recipe: Recipe,
+    base: BaseCheckpoint,
+    batch: MicroBatch,
+    device: torch.device,
+    precision: Precision,
+) -> Recipe:
+    """The recipe with `training.activation_checkpointing = "auto"` replaced by the fastest mode
+    that fits; by the one that takes the least memory, where none fits."""
+    if recipe.training.activation_checkpointing != AUTO:
+        return recipe
+    room = room_on(device)
+    fastest = with_checkpointing(recipe, CHECKPOINTING_MODES[0])
+    if room is None or _surely_fits(recipe, base, batch.tokens, room.available):
+        return fastest
+    settle()
+    known: dict[str, Any] = {"device": device, "precision": precision, "room": room}
+    totals = {}
+    for mode in CHECKPOINTING_MODES:
+        report = report_on(with_checkpointing(recipe, mode), base, batch, limits=False, **known)
+        totals[mode] = report.estimate.total
+        if report.fits:
+            break
+    else:
+        mode = min(totals, key=lambda mode: totals[mode])
+    return with_checkpointing(recipe, mode)
+
+
 def estimate_recipe(
     recipe: Recipe, *, use_data: bool = True, comparison: bool = False
 ) -> tuple[Report, list[tuple[str, str, Report]]]:
@@ -84,6 +114,7 @@ def estimate_recipe(
     base = open_shapes(recipe, progress)
     batch = measured_micro_batch(recipe, base, progress) if use_data else None
     batch = batch or worst_micro_batch(recipe)
+    recipe = with_checkpointing_chosen(recipe, base, batch, device, precision)
     settle()
     known: dict[str, Any] = {"device": device, "precision": precision, "room": room_on(device)}
     report = report_on(recipe, base, batch, **known)

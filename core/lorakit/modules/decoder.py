@@ -81,7 +81,9 @@ class Decoder(nn.Module):
         switches_at: int | None = None,
     ) -> None:
         super().__init__()
-        self.embed_tokens = nn.Embedding(vocabulary, dim)
+        # Not nn.Embedding(V, D): drawing its start, even on the meta device, imports torch's
+        # compiler, which takes a second.
+        self.embed_tokens = nn.Embedding.from_pretrained(torch.empty(vocabulary, dim), freeze=False)
         self.layers = nn.ModuleList(blocks)
         self.norm = norm
         self.embedding_scale = embedding_scale

@@ -1,0 +1,90 @@
+"""How documents are put together changes neither the loss nor a gradient."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from lorakit.data.batches import Batch
+from lorakit.modules import Layout
+from lorakit.modules.low_rank import plain_path
+
+LONGROPE = {
+    "original_max_position_embeddings": 10,
+    "rope_scaling": {
+        "type": "longrope",
+        "short_factor": [1.0, 1.1, 1.3, 1.5],
+        "long_factor": [2.0, 3.0, 5.0, 8.0],
+    },
+}
+MODELS = {
+    "full": ("llama", {}),
+    "windowed": ("mistral", {"sliding_window": 5}),
+    "windowed_softcapped": ("gemma2", {"sliding_window": 5}),
+    "some_windowed": ("gemma3_text", {"sliding_window": 5}),
+    "longrope": ("phi3", LONGROPE),
+    "longrope_windowed": ("phi3", {**LONGROPE, "sliding_window": 5}),
+}
+DOCUMENTS_A_MICRO_BATCH = (1, 2)
+
+
+def cut(batch: Batch, documents: int) -> list[Batch]:
+    """The same documents in more micro-batches."""
+    lengths = batch.layout.lengths
+    parts, start = [], 0
+    for first in range(0, len(lengths), documents):
+        some = lengths[first : first + documents]
+        stop = start + sum(some)
+        labels = batch.labels[start:stop]
+        tokens = batch.tokens[start:stop]
+        parts.append(Batch(tokens, labels, Layout.of_lengths(some), int((labels >= 0).sum()), ()))
+        start = stop
+    return parts
+
+
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("name", MODELS)
+def test_packed_or_apart(name, fused, make_model, make_batch, loss_and_gradients):
+    model_type, config = MODELS[name]
+    model = make_model(model_type, **config)
+
+    def total(batches):
+        loss, gradients = 0.0, {}
+        for batch in batches:
+            part, found = loss_and_gradients(model, batch)
+            loss += float(part)
+            for key, gradient in found.items():
+                gradients[key] = gradients.get(key, 0) + gradient
+        return loss, gradients
+
+    def check():
+        whole = make_batch()
+        # Longer than the window, and on both sides of where LongRoPE switches.
+        assert sorted(whole.layout.lengths) == [1, 9, 14]
+        loss, gradients = total([whole])
+        for documents in DOCUMENTS_A_MICRO_BATCH:
+            apart, found = total(cut(whole, documents))
+            assert apart == pytest.approx(loss, rel=1e-5)
+            for key, expected in gradients.items():
+                scale = float(expected.abs().max())
+                assert scale > 0, key
+                torch.testing.assert_close(found[key], expected, rtol=0, atol=1e-5 * scale, msg=key)
+
+    if fused:
+        check()
+    else:
+        with plain_path():
+            check()
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_test_would_see_a_document_run_on(name, make_model, make_batch, loss_and_gradients):
+    """The same tokens as one document give another loss."""
+    model_type, config = MODELS[name]
+    model, batch = make_model(model_type, **config), make_batch()
+    apart, _ = loss_and_gradients(model, batch)
+    one = Layout.of_lengths([len(batch.tokens)])
+    together, _ = loss_and_gradients(
+        model, Batch(batch.tokens, batch.labels, one, batch.trained, ())
+    )
+    assert abs(float(together - apart)) > 1e-3 * float(apart)
