@@ -12,6 +12,7 @@ import torch
 from attrs import frozen
 from torch import nn
 
+from lorakit.data.ahead import prepared
 from lorakit.data.batches import Batch, BatchPlan
 from lorakit.errors import RunError
 from lorakit.logs import LoggerGroup
@@ -88,7 +89,7 @@ def train(
     """
     optimizer.zero_grad()
     while state.epoch < limits.epochs and state.step < limits.total_steps:
-        for window, seconds in _timed(plan.windows(state.epoch, state.cursor)):
+        for window, seconds in _timed(prepared(plan.windows(state.epoch, state.cursor), device)):
             started = time.perf_counter()
             trained = sum(batch.trained for batch in window)
             lr = lr_at(state.step)

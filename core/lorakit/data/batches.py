@@ -10,7 +10,7 @@ from bisect import insort
 from collections.abc import Iterator, Sequence
 
 import torch
-from attrs import define, field, frozen
+from attrs import define, evolve, field, frozen
 from torch import Tensor
 
 from lorakit.data.dataset import Dataset
@@ -47,6 +47,15 @@ class Batch:
             self.layout.to(device),
             self.trained,
             self.rows,
+        )
+
+    def pinned(self) -> Batch:
+        """In page-locked memory, from where `to` copies while the device computes."""
+        return evolve(
+            self,
+            tokens=self.tokens.pin_memory(),
+            labels=self.labels.pin_memory(),
+            layout=Layout(self.layout.lengths, self.layout.positions.pin_memory()),
         )
 
 
