@@ -16,7 +16,6 @@ from lorakit.adapters import (
     apply_adapter,
     load_adapter_tensors,
 )
-from lorakit.atomic import write_file
 from lorakit.base_model import BaseModel, load_weights, open_base_model, resolve_device
 from lorakit.blocks import checkpoint_blocks
 from lorakit.compilation import check_compiler, compilation_told, compile_blocks
@@ -43,6 +42,7 @@ from lorakit.run_directory import (
     RECIPE,
     check_resumable,
     free_output,
+    write_recipe,
 )
 from lorakit.runtime import tune_process
 from lorakit.samples import Samples
@@ -151,7 +151,7 @@ def run_recipe(
     )
     if resume and store.steps():
         _restore(run, optimizer, state, store)
-    write_file(recipe.output / RECIPE, recipe.text().encode())
+    write_recipe(recipe.output, recipe.text())
 
     with LoggerGroup.open(recipe.loggers, recipe.output) as log:
         _announce(run, log)

@@ -34,7 +34,8 @@ def generate_ids(
             is drawn.
         generator: Of the draws, on the CPU.
     """
-    device = model.lm_head.weight.device if hasattr(model.lm_head, "weight") else None
+    # An adapter may have taken the head's place: it has no weight of its own.
+    device = next(model.lm_head.parameters()).device
     cache = KeyValueCache()
     tokens = torch.tensor(list(prompt), device=device)
     for _ in range(max_new_tokens):

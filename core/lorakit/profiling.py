@@ -46,7 +46,7 @@ def profiled(
         if done == last:
             _write(profiler, last - first, directory, log)
 
-    if first == 0:
+    if first == 0 and steps > 0:
         profiler.start()
     hook = optimizer.register_step_post_hook(count)
     try:

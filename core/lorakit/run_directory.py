@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import tomli
 
+from lorakit.atomic import write_file
 from lorakit.errors import RecipeError, UserError
 from lorakit.protocols import SnapshotStore
 from lorakit.recipes import Recipe
@@ -42,10 +44,16 @@ def free_output(output: Path, fixed: bool) -> Path:
         fixed: It must be this one.
 
     Raises:
-        UserError: It is fixed and holds a run already, or it is a file.
+        UserError: It is fixed and holds a run already, or it cannot be a directory to write to.
     """
     if output.exists() and not output.is_dir():
         raise UserError(f"output: {output} is a file", "Name a directory with --output.")
+    place = next(p for p in (output, *output.absolute().parents) if p.exists())
+    if not place.is_dir() or not os.access(place, os.W_OK):
+        what = "may not be written to" if place.is_dir() else "is a file"
+        raise UserError(
+            f"output: {output} cannot be made: {place} {what}", "Name another --output."
+        )
     if not holds_run(output):
         return output
     if fixed:
@@ -57,6 +65,20 @@ def free_output(output: Path, fixed: bool) -> Path:
     while holds_run(output.with_name(f"{output.name}-{number}")):
         number += 1
     return output.with_name(f"{output.name}-{number}")
+
+
+def write_recipe(output: Path, text: str) -> None:
+    """Writes recipe.toml.
+
+    Raises:
+        UserError: The file system does not take it.
+    """
+    try:
+        write_file(output / RECIPE, text.encode())
+    except OSError as error:
+        raise UserError(
+            f"output: {output} cannot be written to: {error}", "Name another --output."
+        ) from None
 
 
 def holds_run(output: Path) -> bool:

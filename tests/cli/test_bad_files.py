@@ -10,6 +10,9 @@ from typing import Any
 
 import pytest
 
+from lorakit.errors import UserError
+from lorakit.run_directory import write_recipe
+
 Cli = Callable[..., Any]
 MakeRecipe = Callable[..., str]
 
@@ -259,6 +262,21 @@ def test_output_that_is_a_file(refused: Any, make_recipe: MakeRecipe, tmp_path: 
     output.write_text("precious", encoding="utf-8")
     assert f"output: {output} is a file" in refused(make_recipe(output=str(output)))
     assert output.read_text(encoding="utf-8") == "precious"
+
+
+def test_output_that_cannot_be_made(refused: Any, make_recipe: MakeRecipe, tmp_path: Path) -> None:
+    file = tmp_path / "mine"
+    file.write_text("precious", encoding="utf-8")
+    output = file / "run"
+    message = refused(make_recipe(output=str(output)))
+    assert f"output: {output} cannot be made: {file} is a file" in message
+
+
+def test_output_that_the_file_system_does_not_take(tmp_path: Path) -> None:
+    file = tmp_path / "mine"
+    file.write_text("precious", encoding="utf-8")
+    with pytest.raises(UserError, match="cannot be written to"):
+        write_recipe(file / "run", "")
 
 
 def test_no_cuda(refused: Any, make_recipe: MakeRecipe) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from contextlib import contextmanager
 from pathlib import Path
@@ -256,6 +257,26 @@ def test_damaged_weights_are_not_kept(hub: Any) -> None:
         get()
     hub.damaged.clear()
     assert (get() / "model.safetensors").read_bytes() == WEIGHTS
+
+
+def test_without_links_a_file_that_is_half_copied_does_not_count(
+    hub: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def half(source: Path, target: Path) -> None:
+        Path(target).write_bytes(Path(source).read_bytes()[:100])
+        raise KeyboardInterrupt
+
+    def refused(*_: Any) -> None:
+        raise OSError
+
+    hub.add("models/acme/tiny", SMALL)
+    monkeypatch.setattr(Path, "symlink_to", refused)
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "copyfile", half)
+        with pytest.raises(KeyboardInterrupt):
+            get()
+    folder = get()
+    assert {name: (folder / name).read_bytes() for name in SMALL} == SMALL
 
 
 def test_without_xet_all_comes_over_http(hub: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lorakit.modules import Layout, attention
+from lorakit.modules import Layout, attention, flash
 from lorakit.modules.attention import document_attention
 
 
@@ -110,3 +110,14 @@ def test_soft_capped_blocks_are_not_kept_for_the_backward_pass(monkeypatch):
         document_attention(q, k, v, Layout.of_lengths([256]), softcap=5.0)
     assert max(kept) < 256 * 256
     assert sum(kept) < 8 * (q.numel() + k.numel() + v.numel()) + 256 * 256
+
+
+def test_a_kernel_that_knows_no_shared_heads_is_not_called_for_them(monkeypatch):
+    """As torch's before 2.9: it would read beyond the keys, and say nothing."""
+    monkeypatch.setattr(flash, "_shares_heads", False)
+    monkeypatch.setattr(attention, "flash_documents", lambda *_: pytest.fail("called"))
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (heads(generator, 9, count).requires_grad_() for count in (4, 2, 2))
+    found = document_attention(q, k, v, Layout.of_lengths((9,)))
+    torch.testing.assert_close(found, whole(q, k, v, None, None).float())
+    assert flash.has_flash(q, q)

@@ -84,3 +84,11 @@ def test_the_numbers_are_those_without(make_recipe, make_rows, read_metrics):
     file = "adapter/adapter_model.safetensors"
     assert (plain / file).read_bytes() == (recorded / file).read_bytes()
     assert not (plain / "profile").exists()
+
+
+def test_a_run_with_no_step_left_records_nothing(tmp_path):
+    """A finished run that is resumed."""
+    weight = torch.nn.Parameter(torch.ones(2))
+    with profiled(torch.optim.SGD([weight], lr=0.1), 0, tmp_path, LoggerGroup()):
+        assert not torch.autograd._profiler_enabled()
+    assert list(tmp_path.iterdir()) == []

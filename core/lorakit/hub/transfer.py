@@ -133,7 +133,10 @@ def _link(blob: Path, pointer: Path) -> None:
         pointer.symlink_to(os.path.relpath(blob, pointer.parent))
     # A file system without links, or Windows without the right to make them.
     except OSError:
-        shutil.copyfile(blob, pointer)
+        # Whole or not at all: a name that is there counts as fetched.
+        part = pointer.with_name(f"{pointer.name}.incomplete")
+        shutil.copyfile(blob, part)
+        os.replace(part, pointer)
 
 
 def _sha256(path: Path) -> str:

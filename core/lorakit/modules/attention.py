@@ -138,7 +138,7 @@ def document_attention(
         `[T, H, Dh]`.
     """
     plain = softcap is None and (window is None or max(layout.lengths) <= window)
-    if plain and len(q) == len(k) and fused_now() and has_flash(q):
+    if plain and len(q) == len(k) and fused_now() and has_flash(q, k):
         return flash_documents(q, k, v, layout.lengths, scale)
     if len(layout.lengths) == 1:
         return _attend(q, k, v, window, scale, softcap)

@@ -20,9 +20,18 @@ _backward: Any = getattr(
 )
 
 
-def has_flash(q: Tensor) -> bool:
-    """Whether the kernel is there for these."""
-    return q.device.type == "cpu" and _forward is not None and _backward is not None
+# torch.__version__ compares as a version, not as text.
+_shares_heads = torch.__version__ >= "2.9"
+"""Before, the kernel takes k and v to have as many heads as q, and reads and writes beyond them."""
+
+
+def has_flash(q: Tensor, k: Tensor) -> bool:
+    """Whether the kernel is there for q `[T, H, Dh]` and k `[T, Hkv, Dh]`.
+
+    Source: https://github.com/pytorch/pytorch/pull/157893 (query heads that share a key head).
+    """
+    known = _forward is not None and _backward is not None
+    return known and q.device.type == "cpu" and (_shares_heads or q.shape[1] == k.shape[1])
 
 
 def flash_documents(
