@@ -99,7 +99,9 @@ class RecomputedNorms:
     def _pack(self, tensor: Tensor) -> Any:
         made = self._made.get(_memory(tensor))
         if made is None or made[0].shape != tensor.shape or made[0].stride() != tensor.stride():
-            return tensor
+            # Not the tensor itself: what a node gives would then keep that node, and all before it,
+            # for good where no backward pass follows.
+            return tensor.detach()
         return made[1], made[2]
 
 

@@ -242,14 +242,16 @@ class _Resolver:
         return instance
 
     def _plugin(self, key: str, table: Any) -> Section | None:
-        """One section that names a plugin, or the kind's default if it is left out."""
+        """One section that names a plugin, or the kind's default if it or its name is left out."""
         kind = next(k.word for k in KINDS.values() if k.section == key)
-        if table is None:
-            if key in _OPTIONAL:
-                return None
-            defaults = [] if key in _REQUIRED else self.catalog.defaults(kind)
+        if table is None and key in _OPTIONAL:
+            return None
+        if table is None or (isinstance(table, Mapping) and "name" not in table):
+            fixed = key in _REQUIRED or key in _OPTIONAL
+            defaults = [] if fixed else self.catalog.defaults(kind)
             if len(defaults) == 1:
-                return self._structured(defaults[0], {}, key)
+                return self._structured(defaults[0], table or {}, key)
+        if table is None:
             self.problems.append(f'{key}: missing, expected {key} = {{name = "..."}}')
             return None
         return self._named(kind, table, key)

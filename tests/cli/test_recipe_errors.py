@@ -140,6 +140,20 @@ def test_unknown_plugin_name_lists_what_there_is(section: str, make_recipe: Make
     assert "'zzzz' (there is: " in problem
 
 
+@pytest.mark.parametrize(
+    ("key", "value"), [("checkpointer.save_merged", False), ("adapter.rank", 3)]
+)
+def test_a_section_without_a_name_is_the_default_ones(key: str, value: Any, write: Any) -> None:
+    sections = 'output = "x"\nmodel = {name = "llama", path = "."}\n'
+    rows = 'data = {name = "messages", path = "lorakit:about_lorakit.jsonl"}\n'
+    file = write(f"[mine]\n{sections}{rows}")
+    found = resolve_recipe(f"{file}:mine", overrides={key: value})
+    section, _, option = key.partition(".")
+    usual = resolve_recipe(f"{file}:mine")
+    assert getattr(found, section).name == getattr(usual, section).name
+    assert getattr(getattr(found, section).options, option) == value
+
+
 def test_missing_sections(write: Any) -> None:
     with pytest.raises(RecipeError) as error:
         resolve_recipe(f"{write('[mine]')}:mine")

@@ -108,6 +108,21 @@ def test_selective_keeps_neither_gate_nor_up_nor_what_norms_give(make_model, mak
     assert before - after == a_token * len(batch.tokens) * 4
 
 
+@pytest.mark.parametrize("mode", ["none", "selective", "block"])
+def test_a_forward_pass_that_no_backward_pass_follows_is_forgotten(mode, make_model, make_batch):
+    model = make_model("llama")
+    checkpoint_blocks(model, mode)
+
+    def left_behind() -> int:
+        batch = make_batch()
+        model.hidden(batch.tokens, batch.layout)
+        del batch
+        gc.collect()
+        return sum(issubclass(type(found), torch.Tensor) for found in gc.get_objects())
+
+    assert left_behind() == left_behind()
+
+
 class ThirdParty(nn.Module):
     """A model of other modules than lorakit's."""
 
