@@ -21,6 +21,7 @@ from lorakit.estimate.subject import (
     open_shapes,
     worst_micro_batch,
 )
+from lorakit.modules.matmul import times, times_transposed
 from lorakit.options import AUTO, CHECKPOINTING_MODES
 from lorakit.progress import TerminalProgress
 from lorakit.protocols import BaseCheckpoint, Precision
@@ -30,6 +31,8 @@ from lorakit.runtime import tune_process
 GENEROUS = 8
 """Times what a linear layer reads and writes: more than any training keeps of it."""
 SPARE = 2**30
+SHAPES_OF_PRODUCTS = 32
+"""About as many as a model's layers, their adapters and some lengths of rows come to."""
 
 
 def check_that_it_fits(
@@ -131,6 +134,10 @@ def settle() -> None:
     checkpoint(layer, states, use_reentrant=False).sum().backward()
     torch.nn.utils.clip_grad_norm_(layer.parameters(), 1.0)
     optimizer.step()
+    # oneDNN, where it is used, keeps code for each shape of a product: half a megabyte.
+    for rows in range(SHAPES_OF_PRODUCTS):
+        x = torch.randn(64 + rows, 512)
+        times(times_transposed(x, layer.weight.detach()), layer.weight.detach())
     gc.collect()
 
 
