@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import gc
 from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 
 from lorakit.base_model import build_on_meta, resolve_device
 from lorakit.data.batches import BatchPlan
@@ -21,7 +19,6 @@ from lorakit.estimate.subject import (
     open_shapes,
     worst_micro_batch,
 )
-from lorakit.modules.matmul import times, times_transposed
 from lorakit.options import AUTO, CHECKPOINTING_MODES
 from lorakit.progress import TerminalProgress
 from lorakit.protocols import BaseCheckpoint, Precision
@@ -31,8 +28,6 @@ from lorakit.runtime import tune_process
 GENEROUS = 8
 """Times what a linear layer reads and writes: more than any training keeps of it."""
 SPARE = 2**30
-SHAPES_OF_PRODUCTS = 32
-"""About as many as a model's layers, their adapters and some lengths of rows come to."""
 
 
 def check_that_it_fits(
@@ -51,7 +46,6 @@ def check_that_it_fits(
     batch = largest_micro_batch(plan, recipe)
     if room is None or _surely_fits(recipe, base, batch.tokens, room.available):
         return
-    settle()
     report = report_on(
         recipe,
         base,
@@ -83,7 +77,6 @@ def with_checkpointing_chosen(
     fastest = with_checkpointing(recipe, CHECKPOINTING_MODES[0])
     if room is None or _surely_fits(recipe, base, batch.tokens, room.available):
         return fastest
-    settle()
     known: dict[str, Any] = {"device": device, "precision": precision, "room": room}
     totals = {}
     for mode in CHECKPOINTING_MODES:
@@ -118,27 +111,10 @@ def estimate_recipe(
     batch = measured_micro_batch(recipe, base, progress) if use_data else None
     batch = batch or worst_micro_batch(recipe)
     recipe = with_checkpointing_chosen(recipe, base, batch, device, precision)
-    settle()
     known: dict[str, Any] = {"device": device, "precision": precision, "room": room_on(device)}
     report = report_on(recipe, base, batch, **known)
     rows = compare(recipe, base, batch, limits=False, **known) if comparison else []
     return report, rows
-
-
-def settle() -> None:
-    """Does on a small scale what a run does, so that libraries which load on first use, and the
-    threads' buffers, count among what the process has already."""
-    layer = nn.Linear(512, 512)
-    optimizer = torch.optim.AdamW(layer.parameters())
-    states = torch.randn(256, 512, requires_grad=True)
-    checkpoint(layer, states, use_reentrant=False).sum().backward()
-    torch.nn.utils.clip_grad_norm_(layer.parameters(), 1.0)
-    optimizer.step()
-    # oneDNN, where it is used, keeps code for each shape of a product: half a megabyte.
-    for rows in range(SHAPES_OF_PRODUCTS):
-        x = torch.randn(64 + rows, 512)
-        times(times_transposed(x, layer.weight.detach()), layer.weight.detach())
-    gc.collect()
 
 
 def _surely_fits(recipe: Recipe, base: BaseCheckpoint, tokens: int, available: int) -> bool:

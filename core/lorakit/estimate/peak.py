@@ -30,6 +30,19 @@ STEPS = 3
 
 
 @frozen
+class Process:
+    """Bytes a process takes without the run.
+
+    Attributes:
+        resident: In all.
+        by_steps: Those of them that it has from the first step on only.
+    """
+
+    resident: int
+    by_steps: int
+
+
+@frozen
 class Estimate:
     """A run's memory at its peak.
 
@@ -45,7 +58,7 @@ class Estimate:
 
 
 def estimate_peak(
-    rehearsal: Rehearsal, batch: MicroBatch, device: torch.device, process: int
+    rehearsal: Rehearsal, batch: MicroBatch, device: torch.device, process: Process
 ) -> Estimate:
     """The peak of a run whose largest micro-batch is `batch`.
 
@@ -53,7 +66,7 @@ def estimate_peak(
         rehearsal: The model as it will be.
         batch: Sizes of the micro-batch.
         device: Where it will be.
-        process: Bytes the process takes before the weights are loaded.
+        process: What the process takes itself.
     """
     step = rehearsal.step(batch)
     found = Counter(rehearsal.weights)
@@ -65,8 +78,8 @@ def estimate_peak(
     if own_pages:
         taken = _taken(step, rehearsal.optimizer, own_pages)
         found["allocator"] = max(0, taken - sum(in_use.values()) - rehearsal.optimizer)
-    found["loading"] = max(0, rehearsal.loading - found.total())
-    found["process"] = process if device.type == "cpu" else 0
+    found["loading"] = max(0, rehearsal.loading - process.by_steps - found.total())
+    found["process"] = process.resident
     return Estimate({part: found[part] for part in PARTS})
 
 

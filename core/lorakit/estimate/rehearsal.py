@@ -33,7 +33,7 @@ from lorakit.scratch import fakes_kept
 from lorakit.weights.dtypes import torch_dtype
 
 ACTIVATIONS, LOSS, GRADIENTS = "activations", "loss", "gradients"
-DEQUANTIZED, SCRATCH = "dequantized", "scratch"
+DEQUANTIZED, SCRATCH, FILE = "dequantized", "scratch", "file"
 OPTIMIZER_STEP = Event(-1, 0)
 """Stands in a step's events where the optimizer makes its state."""
 BYTES_UNKNOWN_OPTIMIZER = 8
@@ -92,8 +92,8 @@ class Rehearsal:
         self._mode = FakeTensorMode(allow_non_fake_inputs=True)
         family = recipe.model.record
         model = build_on_meta(family, checkpoint.config, recipe.model.options)
-        base = BaseModel(_Fakes(checkpoint), family, model, cast(Any, None), 0)
         watch = StorageWatch(0, device)
+        base = BaseModel(_Fakes(checkpoint, watch), family, model, cast(Any, None), 0)
         with self._mode, watch:
             load_weights(
                 base,
@@ -102,7 +102,7 @@ class Rehearsal:
                 progress=SilentProgress(),
                 quantization=recipe.quantization,
             )
-        self.loading = most_in_use(watch.events)
+        self.loading = _loading_peak(watch)
         with self._mode:
             adapter = recipe.adapter
             apply_adapter(model, adapter.record, adapter.options, precision.adapter)
@@ -159,8 +159,9 @@ class Rehearsal:
 class _Fakes:
     """A checkpoint whose tensors are fakes, of the shapes and dtypes that headers give."""
 
-    def __init__(self, checkpoint: BaseCheckpoint) -> None:
+    def __init__(self, checkpoint: BaseCheckpoint, watch: StorageWatch) -> None:
         self.path, self.config = checkpoint.path, checkpoint.config
+        self._watch = watch
         self._shards = checkpoint.shards()
 
     def files(self) -> Mapping[str, bytes]:
@@ -174,7 +175,9 @@ class _Fakes:
             for name, spec in specs.items():
                 # What torch has no dtype for (GGUF's blocks) is read as fp32.
                 dtype = torch_dtype(spec.dtype) or torch.float32
-                yield name, torch.empty(spec.shape, dtype=dtype)
+                with self._watch.labelled(FILE):
+                    tensor = torch.empty(spec.shape, dtype=dtype)
+                yield name, tensor
 
 
 class _LabelledHead:
@@ -222,6 +225,19 @@ def _weight_bytes(model: nn.Module) -> dict[str, int]:
             part = "embeddings and head" if id(tensor) in embeddings else "base weights"
         found[part] += tensor.untyped_storage().nbytes()
     return found
+
+
+def _loading_peak(watch: StorageWatch) -> int:
+    """The most bytes resident while weights are loaded: of the file, one tensor's at a time,
+    for the pages of the last are released before the next one's are touched."""
+    now = most = file = 0
+    for event in watch.events:
+        if watch.labels[event.storage] != FILE:
+            now += event.size
+        elif event.size > 0:
+            file = event.size
+        most = max(most, now + file)
+    return most
 
 
 def most_in_use(events: Sequence[Event]) -> int:

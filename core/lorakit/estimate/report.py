@@ -11,7 +11,8 @@ import torch
 from attrs import evolve, frozen
 
 from lorakit.estimate.limits import LARGEST, most_tokens_that_fit
-from lorakit.estimate.peak import Estimate, estimate_peak
+from lorakit.estimate.peak import Estimate, Process, estimate_peak
+from lorakit.estimate.process import settle
 from lorakit.estimate.rehearsal import MicroBatch, Rehearsal, with_checkpointing
 from lorakit.estimate.room import Room, resident_bytes
 from lorakit.options import CHECKPOINTING_MODES
@@ -71,9 +72,10 @@ def report_on(
         room: The device's memory.
         limits: Look for the largest batch and length, too.
     """
+    settled = settle() if device.type == "cpu" else 0
     rehearsal = Rehearsal(recipe, checkpoint, device, precision)
     # Now that what loads and quantizes has been imported.
-    process = resident_bytes()
+    process = Process(resident_bytes(), settled) if device.type == "cpu" else Process(0, 0)
     found = estimate_peak(rehearsal, batch, device, process)
     rows = recipe.training.batch_size
     if room is None or not limits:
