@@ -43,7 +43,7 @@ def every_token(model: CausalLM, hidden: Tensor, labels: Tensor) -> Tensor:
     return total - int((~kept).sum()) * math.log(model.lm_head.out_features)
 
 
-def no_kernel(q: Tensor) -> bool:
+def no_kernel(q: Tensor, k: Tensor) -> bool:
     """For `has_flash`: scaled_dot_product_attention for each document instead."""
     return False
 
