@@ -22,6 +22,7 @@ from lorakit.estimate.storages import StorageWatch
 from lorakit.loop import trainable_parameters
 from lorakit.loss import batch_loss
 from lorakit.modules import Layout
+from lorakit.modules.low_rank import fused_now
 from lorakit.progress import SilentProgress
 from lorakit.recipes import Recipe, resolve_recipe
 
@@ -73,6 +74,22 @@ def test_a_step_has_in_use_what_the_real_one_has(
     rehearsed = most_in_use(rehearse(recipe).step(BATCH).events)
     # Which scalars are alive when most is in use may differ.
     assert rehearsed == pytest.approx(real_step(recipe), abs=64)
+
+
+def test_a_step_that_fails_leaves_the_process_as_it_was(
+    rehearse: Callable[..., Rehearsal], monkeypatch: pytest.MonkeyPatch
+):
+    rehearsal = rehearse(training={"fused": False})
+
+    def fail(*_: Any) -> None:
+        assert not fused_now()
+        raise RuntimeError("no such operation on fake tensors")
+
+    monkeypatch.setattr(rehearsal, "_micro_batch", fail)
+    assert fused_now()
+    with pytest.raises(RuntimeError, match="no such operation"):
+        rehearsal.step(BATCH)
+    assert fused_now()
 
 
 @pytest.mark.parametrize(

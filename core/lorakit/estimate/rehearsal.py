@@ -7,6 +7,7 @@ while they do what they would do in the run.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from itertools import chain
 from typing import Any, cast
@@ -117,8 +118,7 @@ class Rehearsal:
         """One optimizer step of micro-batches of this size."""
         model, watch = self.model, StorageWatch(batch.trained, self._device)
         trained = trainable_parameters(model)
-        fused = set_fused(self._recipe.training.fused)
-        with self._mode, fakes_kept() as kept, watch:
+        with self._fused_as_wanted(), self._mode, fakes_kept() as kept, watch:
             watch.ignore([*model.parameters(), *model.buffers()])
             _label_dequantized(model, watch)
             for _ in range(min(2, self._recipe.training.gradient_accumulation_steps)):
@@ -128,13 +128,20 @@ class Rehearsal:
             watch.events.append(OPTIMIZER_STEP)
             for parameter in trained:
                 parameter.grad = None
-        set_fused(fused)
         made = [e for e in watch.events if e.size > 0]
         weights = [e.size for e in made if watch.labels[e.storage] == DEQUANTIZED]
         scratch = [e.size for e in made if watch.labels[e.storage] == SCRATCH]
         staying = {i for i, label in enumerate(watch.labels) if label in (DEQUANTIZED, SCRATCH)}
         events = [e for e in watch.events if e.storage not in staying]
         return Step(events, watch.labels, max(weights, default=0) + sum(scratch))
+
+    @contextmanager
+    def _fused_as_wanted(self) -> Iterator[None]:
+        before = set_fused(self._recipe.training.fused)
+        try:
+            yield
+        finally:
+            set_fused(before)
 
     def _micro_batch(self, sizes: MicroBatch, watch: StorageWatch) -> None:
         with watch.labelled(ACTIVATIONS):
