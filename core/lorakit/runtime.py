@@ -9,7 +9,8 @@ What is kept is cut up, though: a heap of 1.3 GB was measured where at most 140 
 at once.  A run that saves memory at the cost of time, by activation checkpointing, therefore gives
 tensors pages of their own.
 
-LORAKIT_TUNE=0 leaves the process as it is.
+LORAKIT_TUNE=0 leaves the process as it is; of what an earlier run in it has set, products go back
+to the library that torch takes, malloc and denormals stay as set.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from __future__ import annotations
 import ctypes
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -29,7 +30,8 @@ KEEP_BYTES = 2**30
 OWN_PAGES_BYTES = 2**20
 GIVE_BACK_BYTES = 2**17
 LARGEST_DYNAMIC_BYTES = 2**25
-"""How far glibc raises the threshold on its own, as larger tensors are freed."""
+"""How far glibc raises the threshold on its own, as larger tensors are freed; older ones take no
+more from anybody (HEAP_MAX_SIZE / 2, `do_set_mmap_threshold` in glibc's malloc.c)."""
 
 
 def tune_process(device: torch.device, *, save_memory: bool = False) -> str | None:
@@ -39,18 +41,19 @@ def tune_process(device: torch.device, *, save_memory: bool = False) -> str | No
         device: Settings are for the CPU only.
         save_memory: Give the memory of large tensors back as soon as they are freed.
     """
-    if not is_tuned(device):
-        return None
     # Here, since modules take their buffers by this module's settings.
     from lorakit.modules.matmul import use_onednn
 
+    if not is_tuned(device):
+        use_onednn(False)
+        return None
     done = []
-    if _set_malloc_thresholds(GIVE_BACK_BYTES if save_memory else KEEP_BYTES):
+    if _set_malloc_thresholds(save_memory=save_memory):
         word = "given back at once" if save_memory else "kept for reuse"
         done.append(f"large tensors' memory is {word}")
     if torch.set_flush_denormal(True):
         done.append("denormals count as zero")
-    if prefers_onednn() and use_onednn(True):
+    if use_onednn(prefers_onednn()):
         done.append("fp32 products by oneDNN")
     if not done:
         return None
@@ -82,15 +85,16 @@ def is_tuned(device: torch.device) -> bool:
 def own_pages_from(device: torch.device, *, save_memory: bool) -> int:
     """From how many bytes on a tensor has pages of its own in such a process; smaller ones share
     a heap.  0 where there is no such heap."""
-    if device.type != "cpu" or not sys.platform.startswith("linux"):
+    if device.type != "cpu" or _glibc_mallopt() is None:
         return 0
     if not is_tuned(device):
         return LARGEST_DYNAMIC_BYTES
-    return GIVE_BACK_BYTES if save_memory else KEEP_BYTES
+    return GIVE_BACK_BYTES if save_memory else _tuned["keep"]
 
 
-_tuned = {"threshold": 0}
-"""What `tune_process` has done to this process."""
+_tuned = {"threshold": 0, "keep": KEEP_BYTES}
+"""What `tune_process` has done to this process: the threshold that holds, and the one that malloc
+takes where memory is to be kept, KEEP_BYTES until it has refused that."""
 
 
 def prefers_onednn(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
@@ -105,18 +109,28 @@ def prefers_onednn(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
     return bool(vendors) and "GenuineIntel" not in vendors
 
 
-def _set_malloc_thresholds(threshold: int) -> bool:
-    done = _mallopt(M_MMAP_THRESHOLD, threshold) and _mallopt(M_TRIM_THRESHOLD, threshold)
+def _set_malloc_thresholds(*, save_memory: bool) -> bool:
+    threshold = GIVE_BACK_BYTES if save_memory else _tuned["keep"]
+    done = _mallopt(M_MMAP_THRESHOLD, threshold)
+    if not done and threshold > LARGEST_DYNAMIC_BYTES:
+        _tuned["keep"] = threshold = LARGEST_DYNAMIC_BYTES
+        done = _mallopt(M_MMAP_THRESHOLD, threshold)
+    done = done and _mallopt(M_TRIM_THRESHOLD, GIVE_BACK_BYTES if save_memory else KEEP_BYTES)
     _tuned["threshold"] = threshold if done else 0
     return done
 
 
 def _mallopt(setting: int, value: int) -> bool:
+    mallopt = _glibc_mallopt()
+    return mallopt is not None and bool(mallopt(setting, value))
+
+
+def _glibc_mallopt() -> Callable[[int, int], int] | None:
     if not sys.platform.startswith("linux"):
-        return False
+        return None
     try:
-        mallopt = ctypes.CDLL("libc.so.6").mallopt
+        found: Callable[[int, int], int] = ctypes.CDLL("libc.so.6").mallopt
     except (OSError, AttributeError):
         # Another C library (musl) has no such setting.
-        return False
-    return bool(mallopt(setting, value))
+        return None
+    return found
