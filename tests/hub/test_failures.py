@@ -129,6 +129,36 @@ def test_a_disk_without_room(hub: Any, refused: Refused, monkeypatch: pytest.Mon
     assert hub.fetched() == []
 
 
+@pytest.mark.parametrize(
+    ("begun", "fits"),
+    [
+        # Of the weights' 10 MB, and the disk has 8 MB beside what is kept free.
+        ({}, False),
+        ({"a" * 64: 1_000_000}, False),
+        ({"a" * 64: 3_000_000}, True),
+        # A second half-done file is no part of the only large one that is missing ...
+        ({"a" * 64: 1_000_000, "b" * 64: 1_500_000}, False),
+        ({"a" * 64: 3_000_000, "b" * 64: 1_500_000}, True),
+        # ... and huggingface_hub's own are begun anew.
+        ({f"{'a' * 64}.0123abcd": 3_000_000}, False),
+    ],
+)
+def test_room_is_counted_without_what_a_stopped_download_has_left(
+    begun: dict[str, int], fits: bool, hub: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub.add("models/acme/tiny", {**FILES, "model.safetensors": b"w" * 10_000_000})
+    blobs = Path(hub.cache) / "models--acme--tiny" / "blobs"
+    blobs.mkdir(parents=True)
+    for name, size in begun.items():
+        (blobs / f"{name}.incomplete").write_bytes(bytes(size))
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=58_000_000))
+    if fits:
+        assert fetch_base("acme/tiny", load_catalog(), SilentProgress()).is_dir()
+        return
+    with pytest.raises(UserError, match="no room on the disk"):
+        fetch_base("acme/tiny", load_catalog(), SilentProgress())
+
+
 def test_a_disk_that_fills_up_midway(
     hub: Any, refused: Refused, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -61,22 +61,34 @@ class Repository:
             return self.snapshot
         from lorakit.hub.transfer import download_file
 
-        total = sum(self.sizes.get(name, 0) for name in missing)
+        sizes = [self.sizes.get(name, 0) for name in missing]
+        total = sum(sizes)
         with explained(self.id):
-            self._check_room(total)
+            self._check_room(sizes)
             with progress.task(f"fetching {self.id}", total or None, "bytes") as task:
                 for name in missing:
                     download_file(self.id, name, self.commit, self.folder, task)
         return self.snapshot
 
-    def _check_room(self, needed: int) -> None:
+    def _check_room(self, sizes: Sequence[int]) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
-        blobs = self.folder / "blobs"
-        begun = sum(f.stat().st_size for f in blobs.glob("*.incomplete")) if blobs.is_dir() else 0
+        needed = sum(sizes) - self._resumed(sizes)
         free = shutil.disk_usage(self.folder).free
-        if needed - begun + _SPARE_BYTES > free:
-            sizes = f": {(needed - begun) / 1e9:.1f} GB to come, {free / 1e9:.1f} GB free"
-            raise disk_full(f"{self.id.key}: {self.id}", sizes)
+        if needed + _SPARE_BYTES > free:
+            told = f": {needed / 1e9:.1f} GB to come, {free / 1e9:.1f} GB free"
+            raise disk_full(f"{self.id.key}: {self.id}", told)
+
+    def _resumed(self, sizes: Sequence[int]) -> int:
+        """The most bytes that files of these sizes can have here already.  Which half-done file is
+        whose, the hub tells only when it is fetched; some are of other revisions, and those that
+        huggingface_hub began (`<etag>.<random>.incomplete`) nobody goes on with."""
+        begun = [
+            file.stat().st_size
+            for file in (self.folder / "blobs").glob("*.incomplete")
+            if "." not in file.stem
+        ]
+        largest_first = zip(sorted(begun, reverse=True), sorted(sizes, reverse=True), strict=False)
+        return sum(map(min, largest_first))
 
 
 def open_repository(hub_id: HubId) -> Repository:
