@@ -29,10 +29,21 @@ def plan_shards(base: BaseCheckpoint, largest: int = LARGEST_SHARD) -> Plan:
     shards = base.shards()
     if keeps_shards(base):
         return shards
+    return fill_shards(
+        {
+            name: TensorSpec(stored.shape, stored.dtype if torch_dtype(stored.dtype) else "F32")
+            for specs in shards.values()
+            for name, stored in specs.items()
+        },
+        largest,
+    )
+
+
+def fill_shards(specs: Mapping[str, TensorSpec], largest: int = LARGEST_SHARD) -> Plan:
+    """`model.safetensors`, or several files, each filled until the next tensor would not fit."""
     filled: list[dict[str, TensorSpec]] = [{}]
     size = 0
-    for name, stored in ((n, s) for specs in shards.values() for n, s in specs.items()):
-        spec = TensorSpec(stored.shape, stored.dtype if torch_dtype(stored.dtype) else "F32")
+    for name, spec in specs.items():
         if filled[-1] and size + stored_bytes(spec) > largest:
             filled.append({})
             size = 0

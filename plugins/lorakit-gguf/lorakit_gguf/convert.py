@@ -2,32 +2,24 @@
 
 The weights are streamed: the headers say beforehand where each tensor goes, so that one tensor
 is in memory at a time, however large the model.
-
-Format: https://huggingface.co/docs/safetensors (8 bytes of length, a JSON header, the data), and
-transformers' model.safetensors.index.json for more than one file.
 """
 
 from __future__ import annotations
 
 import json
-import struct
-from collections.abc import Mapping
 from contextlib import ExitStack
-from math import prod
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, Any
 
 import torch
 
+from lorakit.protocols import TensorSpec
+from lorakit.weights.dtypes import dtype_name
+from lorakit.weights.shard_plan import LARGEST_SHARD, fill_shards, write_index
+from lorakit.weights.shard_writer import ShardWriter
+
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from lorakit.protocols import BaseCheckpoint, Progress
-
-MOST_SHARD_BYTES = 5_000_000_000
-"""Tensors of more bytes than this are spread over several files, as on the Hugging Face hub."""
-
-_DTYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 
 
 def write_directory(
@@ -36,7 +28,7 @@ def write_directory(
     progress: Progress,
     *,
     dtype: torch.dtype = torch.float32,
-    most_shard_bytes: int = MOST_SHARD_BYTES,
+    most_shard_bytes: int = LARGEST_SHARD,
 ) -> None:
     """Writes config.json, the tokenizer's and other small files, and the weights.
 
@@ -65,88 +57,23 @@ def _write_weights(
     dtype: torch.dtype,
     most_shard_bytes: int,
 ) -> None:
-    shapes = {
-        name: spec.shape for shard in checkpoint.shards().values() for name, spec in shard.items()
+    specs = {
+        name: TensorSpec(spec.shape, dtype_name(dtype))
+        for shard in checkpoint.shards().values()
+        for name, spec in shard.items()
     }
-    shards = _plan(shapes, dtype.itemsize, most_shard_bytes)
+    plan = fill_shards(specs, most_shard_bytes)
     with ExitStack() as stack:
-        files = {
-            name: stack.enter_context(
-                _Shard(directory / name, {t: shapes[t] for t in names}, dtype)
-            )
-            for name, names in shards.items()
-        }
-        place = {tensor: files[name] for name, names in shards.items() for tensor in names}
+        file_of: dict[str, ShardWriter] = {}
+        for name, tensors in plan.items():
+            writer = ShardWriter(directory / name, tensors, {"format": "pt"})
+            file_of |= dict.fromkeys(tensors, stack.enter_context(writer))
         title = f"Converting {checkpoint.path.name}"
-        task = stack.enter_context(progress.task(title, len(shapes), "tensors"))
+        task = stack.enter_context(progress.task(title, len(specs), "tensors"))
         for name, tensor in checkpoint.tensors():
-            place.pop(name).write(name, tensor)
+            file_of[name].write(name, tensor)
             task.advance()
-    if place:
-        raise ValueError(f"{checkpoint.path}: announced but not given: {', '.join(place)}")
-    if len(shards) > 1:
-        index = {
-            "metadata": {"total_size": sum(map(prod, shapes.values())) * dtype.itemsize},
-            "weight_map": {tensor: name for name, names in shards.items() for tensor in names},
-        }
-        _write_json(directory / "model.safetensors.index.json", index)
-
-
-def _plan(
-    shapes: Mapping[str, tuple[int, ...]], itemsize: int, most_bytes: int
-) -> dict[str, list[str]]:
-    """File name -> tensor names: each file is filled up until the next tensor would not fit."""
-    groups: list[list[str]] = [[]]
-    used = 0
-    for name, shape in shapes.items():
-        size = prod(shape) * itemsize
-        if groups[-1] and used + size > most_bytes:
-            groups.append([])
-            used = 0
-        groups[-1].append(name)
-        used += size
-    if len(groups) == 1:
-        return {"model.safetensors": groups[0]}
-    return {
-        f"model-{i:05d}-of-{len(groups):05d}.safetensors": group
-        for i, group in enumerate(groups, start=1)
-    }
-
-
-class _Shard:
-    """One safetensors file, whose tensors may come in any order."""
-
-    def __init__(
-        self, path: Path, shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype
-    ) -> None:
-        self._dtype = dtype
-        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-        end = 0
-        for name, shape in shapes.items():
-            start, end = end, end + prod(shape) * dtype.itemsize
-            offsets = [start, end]
-            header[name] = {"dtype": _DTYPES[dtype], "shape": shape, "data_offsets": offsets}
-        self._slots = {name: header[name] for name in shapes}
-        text = json.dumps(header, separators=(",", ":")).encode()
-        text += b" " * (-len(text) % 8)  # The data starts at a multiple of 8 bytes.
-        self._start = 8 + len(text)
-        self._file: BinaryIO = path.open("wb")
-        self._file.write(struct.pack("<Q", len(text)) + text)
-
-    def __enter__(self) -> _Shard:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._file.close()
-
-    def write(self, name: str, tensor: Tensor) -> None:
-        """Puts a tensor where the header has announced it."""
-        slot = self._slots[name]
-        if tuple(tensor.shape) != slot["shape"]:
-            raise ValueError(f"{name}: announced as {slot['shape']}, given {tuple(tensor.shape)}")
-        flat = tensor.detach().to("cpu", self._dtype).contiguous().reshape(-1)
-        self._file.seek(self._start + slot["data_offsets"][0])
-        self._file.write(flat.view(torch.uint8).numpy().data)
+    write_index(checkpoint, plan, directory)
 
 
 def _write_json(path: Path, value: Any) -> None:
