@@ -2,7 +2,8 @@
 
 torch's scaled_dot_product_attention keeps q, k, v and its result for each document, k and v
 repeated for the query heads they serve, and joining the documents copies the results.  Called
-directly, the kernel repeats nothing, and each document's result goes to its place at once.
+directly, the kernel repeats nothing, and each document's result goes to its place at once.  Where
+it is faster, a long document goes to `lorakit.modules.blockwise` instead.
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+from lorakit.modules.blockwise import attend, attend_backward, beats_kernel
 
 _forward: Any = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", None)
 _backward: Any = getattr(
@@ -60,14 +63,18 @@ class _FlashDocuments(torch.autograd.Function):
         ctx: Any, q: Tensor, k: Tensor, v: Tensor, lengths: tuple[int, ...], scale: float | None
     ) -> Tensor:
         out = torch.empty_like(q, memory_format=torch.contiguous_format)
+        ctx.scale = q.shape[-1] ** -0.5 if scale is None else scale
+        # Decided once: the backward pass of one way cannot follow the forward pass of the other.
+        ctx.documents = [(part, beats_kernel(q[part], k[part])) for part in _slices(lengths)]
         normalizers = []
-        for part in _slices(lengths):
-            result, normalizer = _forward(
-                _as_batch(q[part]), _as_batch(k[part]), _as_batch(v[part]), 0.0, True, scale=scale
-            )
+        for part, blockwise in ctx.documents:
+            if blockwise:
+                attend(q[part], k[part], v[part], ctx.scale, out[part])
+                continue
+            batches = (_as_batch(x[part]) for x in (q, k, v))
+            result, normalizer = _forward(*batches, 0.0, True, scale=ctx.scale)
             out[part] = _as_tokens(result)
             normalizers.append(normalizer)
-        ctx.lengths, ctx.scale = lengths, scale
         ctx.save_for_backward(q, k, v, out, *normalizers)
         return out
 
@@ -76,16 +83,16 @@ class _FlashDocuments(torch.autograd.Function):
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, out, *normalizers = ctx.saved_tensors
         dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
-        for part, normalizer in zip(_slices(ctx.lengths), normalizers, strict=True):
-            results = _backward(
-                *(_as_batch(tensor[part]) for tensor in (dout, q, k, v, out)),
-                normalizer,
-                0.0,
-                True,
-                scale=ctx.scale,
-            )
-            for gradient, result in zip((dq, dk, dv), results, strict=True):
-                gradient[part] = _as_tokens(result)
+        remaining = iter(normalizers)
+        for part, blockwise in ctx.documents:
+            into = dq[part], dk[part], dv[part]
+            if blockwise:
+                attend_backward(dout[part], q[part], k[part], v[part], ctx.scale, into)
+                continue
+            batches = (_as_batch(x[part]) for x in (dout, q, k, v, out))
+            results = _backward(*batches, next(remaining), 0.0, True, scale=ctx.scale)
+            for gradient, result in zip(into, results, strict=True):
+                gradient.copy_(_as_tokens(result))
         return dq, dk, dv, None, None
 
 

@@ -23,6 +23,11 @@ def use_onednn(on: bool) -> bool:
     return _chosen["onednn"]
 
 
+def onednn_is_on() -> bool:
+    """Whether `use_onednn` has turned it on."""
+    return _chosen["onednn"]
+
+
 def times_transposed(x: Tensor, weight: Tensor) -> Tensor:
     """x W^T `[T, out]`, of x `[T, in]` and W `[out, in]`."""
     if _by_onednn(x, weight):
