@@ -40,14 +40,16 @@ def malloc_that_takes(monkeypatch: pytest.MonkeyPatch) -> Malloc:
 
 
 @pytest.fixture
-def without_onednn() -> Iterator[None]:
+def as_before() -> Iterator[None]:
+    """Puts back what other tests of this process would see."""
     yield
     matmul.use_onednn(False)
+    torch.set_flush_denormal(False)
 
 
 @pytest.mark.parametrize(("most", "kept"), [(2**31, 1024 * MIB), (32 * MIB, 32 * MIB)])
 def test_memory_is_kept_as_far_as_the_c_library_lets_it(
-    most: int, kept: int, malloc_that_takes: Malloc, without_onednn: None
+    most: int, kept: int, malloc_that_takes: Malloc, as_before: None
 ) -> None:
     taken = malloc_that_takes(most)
     for _ in range(2):
@@ -62,7 +64,7 @@ def test_memory_is_kept_as_far_as_the_c_library_lets_it(
 
 
 def test_another_c_library_has_no_such_heap(
-    malloc_that_takes: Malloc, monkeypatch: pytest.MonkeyPatch, without_onednn: None
+    malloc_that_takes: Malloc, monkeypatch: pytest.MonkeyPatch, as_before: None
 ) -> None:
     monkeypatch.setattr(runtime, "_glibc_mallopt", lambda: None)
     assert "memory" not in str(tune_process(CPU))
@@ -71,7 +73,7 @@ def test_another_c_library_has_no_such_heap(
 
 @pytest.mark.parametrize("why", ["LORAKIT_TUNE=0", "another device", "another processor"])
 def test_an_earlier_run_in_the_process_does_not_choose_the_library_for_the_next(
-    why: str, malloc_that_takes: Malloc, monkeypatch: pytest.MonkeyPatch, without_onednn: None
+    why: str, malloc_that_takes: Malloc, monkeypatch: pytest.MonkeyPatch, as_before: None
 ) -> None:
     malloc_that_takes(2**31)
     x = torch.ones(2, 2)
