@@ -151,7 +151,7 @@ def run_recipe(
     )
     if resume and store.steps():
         _restore(run, optimizer, state, store)
-    write_recipe(recipe.output, recipe.text())
+    write_recipe(recipe)
 
     with LoggerGroup.open(recipe.loggers, recipe.output) as log:
         _announce(run, log)

@@ -75,7 +75,7 @@ class Recipe:
     def output(self) -> Path:
         return Path(self.run.output)
 
-    def with_output(self, output: Path) -> Recipe:
+    def with_output(self, output: str | Path) -> Recipe:
         return evolve(self, run=evolve(self.run, output=str(output)))
 
     def table(self) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lorakit.adapters import adapter_tensors, group_by_layer, write_adapter
+from lorakit.local_paths import with_absolute_paths
 from lorakit.merging import merge_adapter
 from lorakit.protocols import Progress
 from lorakit.recipes import Recipe, section_table
@@ -25,7 +26,7 @@ def write_results(run: Run, progress: Progress) -> None:
         adapter_tensors(run.base.model, run.adapted),
         run.snapshot_config(),
         files=run.tokenizer.files,
-        origin=_origin(run.recipe),
+        origin=_origin(with_absolute_paths(run.recipe)),
     )
     if run.recipe.checkpointer.options.save_merged:
         write_merged(run, run.recipe.output / MERGED, progress)

@@ -11,6 +11,7 @@ import tomli
 
 from lorakit.atomic import write_file
 from lorakit.errors import RecipeError, UserError
+from lorakit.local_paths import with_absolute_paths
 from lorakit.protocols import SnapshotStore
 from lorakit.recipes import Recipe
 
@@ -34,6 +35,8 @@ FIXED = (
     "training.max_grad_norm",
 )
 """What a resumed run must have as it was started; the rest may change."""
+MOVABLE = ("data.path",)
+"""But for these: of the data, each token is compared, and the file may lie elsewhere by now."""
 
 
 def free_output(output: Path, fixed: bool) -> Path:
@@ -67,17 +70,18 @@ def free_output(output: Path, fixed: bool) -> Path:
     return output.with_name(f"{output.name}-{number}")
 
 
-def write_recipe(output: Path, text: str) -> None:
-    """Writes recipe.toml.
+def write_recipe(recipe: Recipe) -> None:
+    """Writes recipe.toml, with the paths of this machine absolute: whoever reads it later may be
+    in another directory.
 
     Raises:
         UserError: The file system does not take it.
     """
     try:
-        write_file(output / RECIPE, text.encode())
+        write_file(recipe.output / RECIPE, with_absolute_paths(recipe).text().encode())
     except OSError as error:
         raise UserError(
-            f"output: {output} cannot be written to: {error}", "Name another --output."
+            f"output: {recipe.output} cannot be written to: {error}", "Name another --output."
         ) from None
 
 
@@ -96,7 +100,8 @@ def check_resumable(recipe: Recipe, store: SnapshotStore) -> None:
     file = recipe.output / RECIPE
     if not file.is_file():
         raise UserError(
-            f"--resume: {recipe.output} holds no run", "Leave out --resume to start one."
+            f"--resume: {recipe.output} holds no run",
+            "Leave out --resume to start one, or name the run's directory with --output.",
         )
     if not store.steps():
         raise UserError(
@@ -104,11 +109,12 @@ def check_resumable(recipe: Recipe, store: SnapshotStore) -> None:
             "Leave out --resume to start over.",
         )
     (started,) = tomli.loads(file.read_text(encoding="utf-8")).values()
-    now = recipe.table()
+    now = with_absolute_paths(recipe).table()
     problems = [
         f"{key}: the run was started with {_shown(before)}, the recipe now has {_shown(after)}"
         for section in FIXED
         for key, before, after in differences(_at(started, section), _at(now, section), section)
+        if key not in MOVABLE
     ]
     if problems:
         raise RecipeError(f"--resume {recipe.output}", problems)

@@ -1,0 +1,54 @@
+"""A recipe's paths, made to mean the same from every directory: for what a run writes down."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from glob import escape
+
+from attrs import evolve
+
+from lorakit.data.files import SHIPPED, hub_data
+from lorakit.options import AdapterOptions
+from lorakit.recipes import Recipe, Section
+
+
+def with_absolute_paths(recipe: Recipe) -> Recipe:
+    """The recipe with an absolute `output`, and with `model.path`, `data.path` and `adapter.path`
+    absolute where they are of this machine."""
+    adapter = recipe.adapter
+    if isinstance(adapter.options, AdapterOptions):
+        adapter = _with_path(adapter, absolute_where_it_exists)
+    return evolve(
+        recipe.with_output(absolute_path(recipe.output)),
+        model=_with_path(recipe.model, absolute_where_it_exists),
+        data=_with_path(recipe.data, absolute_data_path),
+        adapter=adapter,
+    )
+
+
+def _with_path(section: Section, absolute: Callable[[str], str]) -> Section:
+    path = absolute(section.options.path)
+    return evolve(section, options=evolve(section.options, path=path))
+
+
+def absolute_path(path: str | os.PathLike[str]) -> str:
+    """The path with the links among its directories followed, so that a place has one spelling.
+    What it ends in keeps its name, for a file's says what format it has."""
+    folder, name = os.path.split(os.path.expanduser(path))
+    return os.path.normpath(os.path.join(os.path.realpath(folder), name))
+
+
+def absolute_where_it_exists(path: str) -> str:
+    """A path that nothing here is called by is of another source, and stays."""
+    return absolute_path(path) if os.path.exists(os.path.expanduser(path)) else path
+
+
+def absolute_data_path(path: str) -> str:
+    """A `data.path`: absolute if it is a file, a directory or a glob."""
+    if path.startswith(SHIPPED) or hub_data(path) is not None:
+        return path
+    if os.path.exists(os.path.expanduser(path)):
+        return absolute_path(path)
+    # The directory is none of the pattern, whatever letters it is called by.
+    return os.path.normpath(os.path.join(escape(os.getcwd()), os.path.expanduser(path)))
