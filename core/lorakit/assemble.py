@@ -2,27 +2,20 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from contextlib import ExitStack
 from typing import Any
 
 import torch
 from attrs import evolve, frozen
 
-from lorakit.adapters import (
-    adapter_config,
-    adapter_tensors,
-    apply_adapter,
-    load_adapter_tensors,
-)
+from lorakit.adapters import adapter_config, apply_adapter
 from lorakit.base_model import BaseModel, load_weights, open_base_model, resolve_device
 from lorakit.blocks import checkpoint_blocks
 from lorakit.compilation import check_compiler, compilation_told, compile_blocks
 from lorakit.data.batches import BatchPlan
 from lorakit.data.dataset import Dataset, load_dataset
 from lorakit.data.tokenizer import Tokenizer
-from lorakit.errors import Interrupted, UserError
+from lorakit.errors import Interrupted
 from lorakit.interrupts import stop_on_signals
 from lorakit.logs import LoggerGroup
 from lorakit.loop import Limits, Result, train, trainable_parameters
@@ -32,7 +25,7 @@ from lorakit.optimizer import build_optimizer
 from lorakit.options import AUTO
 from lorakit.profiling import profiled
 from lorakit.progress import TerminalProgress
-from lorakit.protocols import Precision, Progress, RunInfo, Snapshot, SnapshotStore
+from lorakit.protocols import Precision, Progress, RunInfo, SnapshotStore
 from lorakit.recipes import Recipe
 from lorakit.results import summary, write_merged, write_results
 from lorakit.run_directory import (
@@ -48,13 +41,8 @@ from lorakit.runtime import tune_process
 from lorakit.samples import Samples
 from lorakit.schedule import lr_factor
 from lorakit.serving import serving_advice
-from lorakit.state import (
-    TrainState,
-    flatten_optimizer,
-    generator_states,
-    restore_generators,
-    unflatten_optimizer,
-)
+from lorakit.snapshot import restore_snapshot, take_snapshot
+from lorakit.state import TrainState
 from lorakit.trained import load_start
 from lorakit.weights.base import base_name
 
@@ -150,7 +138,7 @@ def run_recipe(
         trainable_parameters(run.base.model),
     )
     if resume and store.steps():
-        _restore(run, optimizer, state, store)
+        restore_snapshot(run, optimizer, state, store.load(store.steps()[-1]))
     write_recipe(recipe)
 
     with LoggerGroup.open(recipe.loggers, recipe.output) as log:
@@ -311,7 +299,7 @@ def _fit(
     keep = recipe.checkpointer.options
 
     def save(state: TrainState) -> None:
-        store.save(_snapshot(run, optimizer, state))
+        store.save(take_snapshot(run, optimizer, state))
 
     def epoch_done(state: TrainState) -> None:
         last = state.epoch == recipe.training.epochs
@@ -345,49 +333,6 @@ def _fit(
             f"stopped at step {state.step} of {run.total_steps}, and saved; go on with: "
             f"lorakit train {recipe.output / RECIPE}:{recipe.name} --resume"
         )
-
-
-def _snapshot(run: Run, optimizer: torch.optim.Optimizer, state: TrainState) -> Snapshot:
-    tensors, optimizer_rest = flatten_optimizer(optimizer)
-    return Snapshot(
-        state.step,
-        adapter_tensors(run.base.model, run.adapted),
-        run.snapshot_config(),
-        {**tensors, **generator_states(run.device)},
-        {
-            "train": state.to_json(),
-            "optimizer": optimizer_rest,
-            "precision": run.precision.state(),
-            "data": _fingerprint(run.dataset),
-        },
-    )
-
-
-def _restore(
-    run: Run, optimizer: torch.optim.Optimizer, state: TrainState, store: SnapshotStore
-) -> None:
-    snapshot = store.load(store.steps()[-1])
-    if snapshot.state["data"] != _fingerprint(run.dataset):
-        raise UserError(
-            f"{run.recipe.output}: the data is not what the run was started with",
-            "Put the data file back as it was, or start a new run with another --output.",
-        )
-    load_adapter_tensors(run.base.model, run.adapted, snapshot.adapter, run.recipe.output)
-    unflatten_optimizer(optimizer, snapshot.tensors, snapshot.state["optimizer"])
-    run.precision.restore(snapshot.state["precision"])
-    saved = TrainState.from_json(snapshot.state["train"])
-    for name in ("step", "epoch", "cursor", "tokens", "trained_tokens", "loss"):
-        setattr(state, name, getattr(saved, name))
-    # Last, since building and loading may have drawn random numbers.
-    restore_generators(snapshot.tensors, run.device)
-
-
-def _fingerprint(dataset: Dataset) -> str:
-    """A hash over all tokens and labels, in order."""
-    digest = hashlib.sha256()
-    for example in dataset.examples:
-        digest.update(json.dumps([example.ids, example.trained]).encode())
-    return digest.hexdigest()
 
 
 def dry_run(recipe: Recipe) -> list[str]:

@@ -19,6 +19,7 @@ from lorakit.builtin import snapshots
 from lorakit.builtin.loggers import DiskLogger
 from lorakit.builtin.precisions import PlainPrecision
 from lorakit.errors import Interrupted, RunError, UserError
+from lorakit.protocols import Snapshot
 
 # 21 rows in 11 micro-batches in windows of 3: 4 steps an epoch, the last window ragged.
 EPOCH = 4
@@ -346,8 +347,6 @@ def test_save_that_fails_leaves_the_checkpoint_before(
 
 
 def test_rename_that_fails_leaves_the_checkpoint_it_would_replace(stopped, monkeypatch):
-    from lorakit.assemble import Snapshot
-
     store = snapshots.SafetensorsStore(run_of(stopped) / "checkpoints", keep_last=1)
     before = store.load(3)
     real = Path.rename

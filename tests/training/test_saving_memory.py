@@ -8,6 +8,7 @@ import torch
 from lorakit import assemble, results
 from lorakit.progress import TerminalProgress
 from lorakit.recipes import resolve_recipe
+from lorakit.snapshot import take_snapshot
 from lorakit.state import TrainState
 
 
@@ -34,7 +35,7 @@ def test_checkpoints_and_adapters_are_written_without_the_base(
         run.base.model.lm_head.weight.tolist()
 
     store = recipe.checkpointer.record.open(recipe.output, recipe.checkpointer.options)
-    folder = store.save(assemble._snapshot(run, optimizer, TrainState(step=1)))
+    folder = store.save(take_snapshot(run, optimizer, TrainState(step=1)))
     results.write_results(run, TerminalProgress())
     saved = sum(p.numel() * 4 for p in parameters)
     for directory in (folder, recipe.output / "adapter"):

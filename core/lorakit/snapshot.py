@@ -1,0 +1,72 @@
+"""A run's snapshot: all that training has changed, taken and put back."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import TYPE_CHECKING
+
+import torch
+
+from lorakit.adapters import adapter_tensors, load_adapter_tensors
+from lorakit.data.dataset import Dataset
+from lorakit.errors import UserError
+from lorakit.protocols import Snapshot
+from lorakit.state import (
+    TrainState,
+    flatten_optimizer,
+    generator_states,
+    restore_generators,
+    unflatten_optimizer,
+)
+
+if TYPE_CHECKING:
+    from lorakit.assemble import Run
+
+
+def take_snapshot(run: Run, optimizer: torch.optim.Optimizer, state: TrainState) -> Snapshot:
+    """The adapter, the optimizer, the random generators and the loop's state."""
+    tensors, optimizer_rest = flatten_optimizer(optimizer)
+    return Snapshot(
+        state.step,
+        adapter_tensors(run.base.model, run.adapted),
+        run.snapshot_config(),
+        {**tensors, **generator_states(run.device)},
+        {
+            "train": state.to_json(),
+            "optimizer": optimizer_rest,
+            "precision": run.precision.state(),
+            "data": _fingerprint(run.dataset),
+        },
+    )
+
+
+def restore_snapshot(
+    run: Run, optimizer: torch.optim.Optimizer, state: TrainState, snapshot: Snapshot
+) -> None:
+    """Puts a newly assembled run where the snapshot's was.
+
+    Raises:
+        UserError: The data is not what that run had.
+    """
+    if snapshot.state["data"] != _fingerprint(run.dataset):
+        raise UserError(
+            f"{run.recipe.output}: the data is not what the run was started with",
+            "Put the data file back as it was, or start a new run with another --output.",
+        )
+    load_adapter_tensors(run.base.model, run.adapted, snapshot.adapter, run.recipe.output)
+    unflatten_optimizer(optimizer, snapshot.tensors, snapshot.state["optimizer"])
+    run.precision.restore(snapshot.state["precision"])
+    saved = TrainState.from_json(snapshot.state["train"])
+    for name in ("step", "epoch", "cursor", "tokens", "trained_tokens", "loss"):
+        setattr(state, name, getattr(saved, name))
+    # Last, since building and loading may have drawn random numbers.
+    restore_generators(snapshot.tensors, run.device)
+
+
+def _fingerprint(dataset: Dataset) -> str:
+    """A hash over all tokens and labels, in order."""
+    digest = hashlib.sha256()
+    for example in dataset.examples:
+        digest.update(json.dumps([example.ids, example.trained]).encode())
+    return digest.hexdigest()
