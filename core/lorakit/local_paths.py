@@ -5,31 +5,41 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from glob import escape
+from typing import Any
 
-from attrs import evolve
+from attrs import evolve, fields
 
 from lorakit.data.files import SHIPPED, hub_data
-from lorakit.options import AdapterOptions
+from lorakit.options import LOCAL_PATH
 from lorakit.recipes import Recipe, Section
 
 
 def with_absolute_paths(recipe: Recipe) -> Recipe:
-    """The recipe with an absolute `output`, and with `model.path`, `data.path` and `adapter.path`
-    absolute where they are of this machine."""
-    adapter = recipe.adapter
-    if isinstance(adapter.options, AdapterOptions):
-        adapter = _with_path(adapter, absolute_where_it_exists)
-    return evolve(
-        recipe.with_output(absolute_path(recipe.output)),
-        model=_with_path(recipe.model, absolute_where_it_exists),
-        data=_with_path(recipe.data, absolute_data_path),
-        adapter=adapter,
-    )
+    """The recipe with all paths absolute that are of this machine: `output`, `model.path` and
+    `data.path` where they are, and what plugins have marked with `lorakit.options.LOCAL_PATH`."""
+    sections = {f.name: getattr(recipe, f.name) for f in fields(Recipe)}
+    made: dict[str, Any] = {
+        k: _with_marked(s) for k, s in sections.items() if isinstance(s, Section)
+    }
+    made["model"] = _with_path(made["model"], absolute_where_it_exists)
+    made["data"] = _with_path(made["data"], absolute_data_path)
+    made["loggers"] = tuple(map(_with_marked, recipe.loggers))
+    return evolve(recipe.with_output(absolute_path(recipe.output)), **made)
 
 
 def _with_path(section: Section, absolute: Callable[[str], str]) -> Section:
     path = absolute(section.options.path)
     return evolve(section, options=evolve(section.options, path=path))
+
+
+def _with_marked(section: Section) -> Section:
+    options = section.options
+    paths = {
+        f.name: absolute_path(getattr(options, f.name))
+        for f in fields(type(options))
+        if LOCAL_PATH.items() <= f.metadata.items() and getattr(options, f.name)
+    }
+    return evolve(section, options=evolve(options, **paths))
 
 
 def absolute_path(path: str | os.PathLike[str]) -> str:

@@ -12,6 +12,10 @@ from attrs.validators import ge, gt, in_, le, lt, min_len
 
 from lorakit.errors import did_you_mean, listing
 
+LOCAL_PATH = {"local_path": True}
+"""`field(default="", metadata=LOCAL_PATH)`: the option is a path of this machine, never a hub's.  A
+run writes it down absolute, so that it is the same place from every directory."""
+
 
 @frozen(kw_only=True)
 class NoOptions:
@@ -49,7 +53,7 @@ class AdapterOptions:
             values are the start. Empty starts anew.
     """
 
-    path: str = ""
+    path: str = field(default="", metadata=LOCAL_PATH)
 
 
 @frozen(kw_only=True)

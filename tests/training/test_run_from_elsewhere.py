@@ -137,6 +137,17 @@ def test_a_run_that_goes_on_from_an_adapter_finds_it(
     assert lorakit.train(f"{run}/recipe.toml:tiny", resume=True, overrides=LONGER).steps == 4
 
 
+def test_a_logger_goes_on_where_it_was(
+    project: Callable[..., Path], elsewhere: Callable[[], Path]
+) -> None:
+    folder = project(loggers=[{"name": "tensorboard", "log_dir": "boards"}])
+    run = folder / lorakit.train("recipes.toml:tiny").output
+    there = elsewhere()
+    lorakit.train(f"{run}/recipe.toml:tiny", resume=True, overrides=LONGER)
+    assert len(list((folder / "boards").iterdir())) == 2
+    assert list(there.iterdir()) == []
+
+
 @pytest.mark.parametrize("path", ["owner/name", "owner/name@main", "lorakit:about_lorakit.jsonl"])
 def test_what_is_on_no_disk_of_the_user_stays(
     path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -6,9 +6,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from attrs import frozen
+from attrs import field, frozen
 
 from lorakit import hookimpl
+from lorakit.options import LOCAL_PATH
 from lorakit.records import LoggerType
 
 if TYPE_CHECKING:
@@ -23,7 +24,7 @@ class TensorBoardOptions:
         log_dir: Where the event files go; empty means `tensorboard/` in the run directory.
     """
 
-    log_dir: str = ""
+    log_dir: str = field(default="", metadata=LOCAL_PATH)
 
 
 def open_tensorboard(run_directory: Path, options: TensorBoardOptions) -> Logger:
@@ -31,7 +32,7 @@ def open_tensorboard(run_directory: Path, options: TensorBoardOptions) -> Logger
     from lorakit_tensorboard.logger import TensorBoardLogger
 
     return TensorBoardLogger(
-        Path(options.log_dir) if options.log_dir else run_directory / "tensorboard"
+        Path(options.log_dir).expanduser() if options.log_dir else run_directory / "tensorboard"
     )
 
 
