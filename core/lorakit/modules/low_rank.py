@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from lorakit.modules.frozen import StoredLinear, materialized
-from lorakit.modules.matmul import times, times_transposed
+from lorakit.modules.matmul import add_times, times, times_transposed, transposed_times
 from lorakit.modules.narrow import NarrowLinear
 
 
@@ -138,7 +138,7 @@ class Product:
 
     Attributes:
         y: `[T, out]`.
-        kept: x A^T `[T, r]`; which inputs were dropped `[T, in]`; y; and, with a magnitude,
+        kept: s x A^T `[T, r]`; which inputs were dropped `[T, in]`; y; and, with a magnitude,
             the rows' ratio m / ||W + s B A|| `[out]`.  None where there is no such thing.
     """
 
@@ -162,8 +162,8 @@ def forward_product(part: LowRank, x: Tensor, dropped: Tensor | None = None) -> 
         down, up = part.down.to(x.dtype), part.up.to(x.dtype)
         if dropped is None:
             dropped = dropped_inputs(x, part.dropout)
-        low = without(x, dropped, part.dropout) @ down.t()
-        y.addmm_(low, up.t(), alpha=part.scale)
+        low = times_transposed(without(x, dropped, part.dropout), down).mul_(part.scale)
+        add_times(y, low, up.t())
         if part.magnitude is not None:
             ratio = (part.magnitude / row_norms(part, weight)).to(x.dtype)
             y.mul_(ratio)
@@ -224,16 +224,15 @@ def _backward_product(
     if wanted:
         dx = times(dy, weight_of(part.base, dy), plus=dx)
     if low is not None and part.down is not None and part.up is not None:
-        d_low = (dy @ part.up.to(dy.dtype)).mul_(part.scale)
-        # As [r, T] @ [T, out]: the other way round, such thin products take many times as long.
-        d_up = (low.t() @ dy).mul_(part.scale).t().to(part.up.dtype)
-        d_down = (d_low.t() @ without(x, dropped, part.dropout)).to(part.down.dtype)
+        d_low = times(dy, part.up.to(dy.dtype)).mul_(part.scale)
+        d_up = transposed_times(low, dy).t().to(part.up.dtype)
+        d_down = transposed_times(d_low, without(x, dropped, part.dropout)).to(part.down.dtype)
         if dx is not None:
             down = part.down.to(dy.dtype)
             if dropped is None:
-                dx.addmm_(d_low, down)
+                add_times(dx, d_low, down)
             else:
-                dx.add_(without(d_low @ down, dropped, part.dropout))
+                dx.add_(without(times(d_low, down), dropped, part.dropout))
     return dx, (d_down, d_up, d_magnitude)
 
 

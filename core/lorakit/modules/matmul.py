@@ -14,6 +14,9 @@ import torch
 from torch import Tensor
 
 _linear: Any = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
+_convolution: Any = getattr(torch.ops.mkldnn, "_convolution_pointwise_", None)
+_LARGE = 2**20
+"""Numbers that a thin product is added to, from which on oneDNN is the faster at it."""
 _chosen = {"onednn": False}
 
 
@@ -52,11 +55,13 @@ def times(dy: Tensor, weight: Tensor, plus: Tensor | None = None) -> Tensor:
 
 def times_transposed_into(out: Tensor, x: Tensor, weight: Tensor) -> None:
     """out = x W^T."""
-    if _by_onednn(x, weight):
+    if not _by_onednn(x, weight):
+        torch.mm(x, weight.t(), out=out)
+    elif _convolution is not None and out.is_contiguous() and x.is_contiguous():
+        _convolve(out.zero_(), x, weight)
+    else:
         # oneDNN's product cannot be written into a given tensor; copying it costs far less.
         out.copy_(times_transposed(x, weight))
-    else:
-        torch.mm(x, weight.t(), out=out)
 
 
 def times_into(out: Tensor, dy: Tensor, weight: Tensor, *, add: bool) -> None:
@@ -65,6 +70,37 @@ def times_into(out: Tensor, dy: Tensor, weight: Tensor, *, add: bool) -> None:
         out.copy_(times(dy, weight, plus=out if add else None))
     else:
         out.addmm_(dy, weight, beta=1 if add else 0)
+
+
+def transposed_times(low: Tensor, z: Tensor) -> Tensor:
+    """low^T z `[r, D]`, of low `[T, r]`, r small, and z `[T, D]`."""
+    if _by_onednn(z, low):
+        # As [r, T] @ [T, D]: with z first, such thin products take ten times as long.
+        y: Tensor = _linear(low.t().contiguous(), z.contiguous().t(), None, "none", [], "")
+        return y
+    return low.t() @ z
+
+
+def add_times(y: Tensor, low: Tensor, factor: Tensor) -> None:
+    """y += low F, of y `[T, D]`, low `[T, r]` and F `[r, D]`, r small."""
+    if y.numel() >= _LARGE and _by_onednn(y, factor) and _convolution and y.is_contiguous():
+        _convolve(y, low.contiguous(), factor.t())
+    else:
+        y.addmm_(low, factor)
+
+
+def _convolve(out: Tensor, x: Tensor, weight: Tensor) -> None:
+    """out += x W^T, as the convolution of one image with a row of pixels, whose channels lie next
+    to each other, with 1 x 1 kernels: of oneDNN's operations in torch the only one that adds to a
+    tensor given."""
+    (rows, wide), outputs = x.shape, len(weight)
+    image = x.as_strided((1, wide, rows, 1), (rows * wide, 1, wide, wide))
+    sums = out.as_strided((1, outputs, rows, 1), (rows * outputs, 1, outputs, outputs))
+    kernels = weight.unsqueeze(-1).unsqueeze(-1)
+    ones = [1, 1]
+    _convolution.binary(
+        sums, image, kernels, None, [0, 0], ones, ones, 1, "add", 1.0, None, [], None
+    )
 
 
 def _by_onednn(x: Tensor, weight: Tensor) -> bool:
