@@ -18,12 +18,15 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from lorakit.data.batches import IGNORED, Batch
+from lorakit.modules.matmul import by_onednn, times_transposed
 from lorakit.modules.narrow import NarrowLinear, project, project_back
 from lorakit.protocols import CausalLM
 from lorakit.scratch import scratch
 
 CHUNK_ELEMENTS = 16 * 2**20
-"""Logits in a chunk: 64 MB of fp32.  Larger chunks are no faster, on CPU they are slower."""
+"""Logits in a chunk, at most: 64 MB of fp32."""
+CHUNK_TOKENS = 128
+"""Tokens in a chunk that products are fast with: more only as long as half as many logits do."""
 
 FP16_GRADIENT_SCALE = 2.0**10
 """Hidden states' gradients times this fit fp16: the largest have the size of a head's row, and
@@ -32,7 +35,8 @@ the smallest would vanish below 6e-8 without it."""
 
 def chunk_tokens(vocabulary: int) -> int:
     """Tokens projected at a time."""
-    return max(1, CHUNK_ELEMENTS // vocabulary)
+    most = CHUNK_ELEMENTS // vocabulary
+    return max(1, min(most, max(CHUNK_TOKENS, most // 2)))
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
@@ -54,8 +58,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         for start in range(0, len(labels), chunk_tokens(len(weight))):
             part = slice(start, start + chunk_tokens(len(weight)))
             target = labels[part].unsqueeze(1)
-            buffers = _Buffers.of((len(target), len(weight)), hidden, wide, bool(cap))
-            project(hidden[part], weight, out=buffers.product)
+            buffers = _Buffers.with_logits(hidden[part], weight, wide, bool(cap))
             loss, total = _softmax_loss_(buffers, target, cap)
             losses[part] = loss
             if ctx.needs_input_grad[0]:
@@ -87,10 +90,18 @@ class _Buffers:
     bend: Tensor | None
 
     @classmethod
-    def of(cls, shape: tuple[int, int], like: Tensor, wide: torch.dtype, capped: bool) -> _Buffers:
-        dtypes = [wide, *[wide] * capped, *[like.dtype] * (like.dtype != wide)]
-        made = scratch("logits", like, *((shape, dtype) for dtype in dtypes))
-        product = made[-1] if like.dtype != wide else made[0]
+    def with_logits(
+        cls, hidden: Tensor, weight: Tensor, wide: torch.dtype, capped: bool
+    ) -> _Buffers:
+        """z = W h in `product`; hidden `[n, D]`, weight `[V, D]`."""
+        shape, own = (len(hidden), len(weight)), hidden.dtype
+        if by_onednn(hidden, weight):
+            z = times_transposed(hidden, weight)
+            return cls(z, z, scratch("logits", z, (shape, wide))[0] if capped else None)
+        dtypes = [wide, *[wide] * capped, *[own] * (own != wide)]
+        made = scratch("logits", hidden, *((shape, dtype) for dtype in dtypes))
+        product = made[-1] if own != wide else made[0]
+        project(hidden, weight, out=product)
         return cls(made[0], product, made[1] if capped else None)
 
 

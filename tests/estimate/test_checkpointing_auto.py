@@ -44,7 +44,8 @@ def test_each_room_gets_the_fastest_that_fits(given, monkeypatch):
     # From the fastest to the smallest.
     assert list(totals.values()) == sorted(totals.values(), reverse=True)
     found = []
-    margin = (totals["selective"] - totals["block"]) // 4
+    gaps = (totals["none"] - totals["selective"], totals["selective"] - totals["block"])
+    margin = min(gaps) // 4
     for available in (*(total + margin for total in totals.values()), 0):
         monkeypatch.setattr(check, "room_on", lambda _, a=available: Room(a, a, "machine"))
         chosen = check.with_checkpointing_chosen(recipe, base, BATCH, CPU, precision)

@@ -33,7 +33,7 @@ def onednn_is_on() -> bool:
 
 def times_transposed(x: Tensor, weight: Tensor) -> Tensor:
     """x W^T `[T, out]`, of x `[T, in]` and W `[out, in]`."""
-    if _by_onednn(x, weight):
+    if by_onednn(x, weight):
         y: Tensor = _linear(x.contiguous(), weight, None, "none", [], "")
         return y
     return x @ weight.t()
@@ -41,7 +41,7 @@ def times_transposed(x: Tensor, weight: Tensor) -> Tensor:
 
 def times(dy: Tensor, weight: Tensor, plus: Tensor | None = None) -> Tensor:
     """dy W, plus a `[T, in]` that may be written over: of dy `[T, out]` and W `[out, in]`."""
-    if _by_onednn(dy, weight):
+    if by_onednn(dy, weight):
         # Of a strided view, oneDNN takes a hundred times as long.
         dy = dy.contiguous()
         dx: Tensor
@@ -55,18 +55,16 @@ def times(dy: Tensor, weight: Tensor, plus: Tensor | None = None) -> Tensor:
 
 def times_transposed_into(out: Tensor, x: Tensor, weight: Tensor) -> None:
     """out = x W^T."""
-    if not _by_onednn(x, weight):
-        torch.mm(x, weight.t(), out=out)
-    elif _convolution is not None and out.is_contiguous() and x.is_contiguous():
-        _convolve(out.zero_(), x, weight)
-    else:
+    if by_onednn(x, weight):
         # oneDNN's product cannot be written into a given tensor; copying it costs far less.
         out.copy_(times_transposed(x, weight))
+    else:
+        torch.mm(x, weight.t(), out=out)
 
 
 def times_into(out: Tensor, dy: Tensor, weight: Tensor, *, add: bool) -> None:
     """out = dy W, or out += dy W."""
-    if _by_onednn(dy, weight):
+    if by_onednn(dy, weight):
         out.copy_(times(dy, weight, plus=out if add else None))
     else:
         out.addmm_(dy, weight, beta=1 if add else 0)
@@ -74,7 +72,7 @@ def times_into(out: Tensor, dy: Tensor, weight: Tensor, *, add: bool) -> None:
 
 def transposed_times(low: Tensor, z: Tensor) -> Tensor:
     """low^T z `[r, D]`, of low `[T, r]`, r small, and z `[T, D]`."""
-    if _by_onednn(z, low):
+    if by_onednn(z, low):
         # As [r, T] @ [T, D]: with z first, such thin products take ten times as long.
         y: Tensor = _linear(low.t().contiguous(), z.contiguous().t(), None, "none", [], "")
         return y
@@ -83,7 +81,7 @@ def transposed_times(low: Tensor, z: Tensor) -> Tensor:
 
 def add_times(y: Tensor, low: Tensor, factor: Tensor) -> None:
     """y += low F, of y `[T, D]`, low `[T, r]` and F `[r, D]`, r small."""
-    if y.numel() >= _LARGE and _by_onednn(y, factor) and _convolution and y.is_contiguous():
+    if y.numel() >= _LARGE and by_onednn(y, factor) and _convolution and y.is_contiguous():
         _convolve(y, low.contiguous(), factor.t())
     else:
         y.addmm_(low, factor)
@@ -103,7 +101,8 @@ def _convolve(out: Tensor, x: Tensor, weight: Tensor) -> None:
     )
 
 
-def _by_onednn(x: Tensor, weight: Tensor) -> bool:
+def by_onednn(x: Tensor, weight: Tensor) -> bool:
+    """Whether oneDNN computes the product of x `[T, in]` and W, which then is a new tensor."""
     return (
         _chosen["onednn"]
         and x.dtype == weight.dtype == torch.float32
