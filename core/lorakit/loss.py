@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from lorakit.data.batches import IGNORED, Batch
-from lorakit.modules.matmul import by_onednn, times_transposed
+from lorakit.modules.matmul import by_onednn, row_multiple, times_transposed
 from lorakit.modules.narrow import NarrowLinear, project, project_back
 from lorakit.protocols import CausalLM
 from lorakit.scratch import scratch
@@ -182,5 +182,6 @@ def _recomputed_cross_entropy(model: CausalLM, hidden: Tensor, labels: Tensor) -
 
 def batch_loss(model: CausalLM, batch: Batch) -> Tensor:
     """The summed loss of a micro-batch; divide by the step's trained tokens."""
+    batch = batch.rounded(row_multiple())
     hidden = model.hidden(batch.tokens, batch.layout)
     return cross_entropy_sum(model, hidden, batch.labels)

@@ -29,6 +29,9 @@ M_MMAP_THRESHOLD = -3
 KEEP_BYTES = 2**30
 OWN_PAGES_BYTES = 2**20
 GIVE_BACK_BYTES = 2**17
+KEPT_PRODUCTS = 256
+"""Products that oneDNN keeps compiled, 0.4 MB each; a step has some 40, and a new one takes half a
+millisecond.  Its own limit is 1024."""
 LARGEST_DYNAMIC_BYTES = 2**25
 """How far glibc raises the threshold on its own, as larger tensors are freed; older ones take no
 more from anybody (HEAP_MAX_SIZE / 2, `do_set_mmap_threshold` in glibc's malloc.c)."""
@@ -53,6 +56,8 @@ def tune_process(device: torch.device, *, save_memory: bool = False) -> str | No
         done.append(f"large tensors' memory is {word}")
     if torch.set_flush_denormal(True):
         done.append("denormals count as zero")
+    # Read at oneDNN's first product.
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", str(KEPT_PRODUCTS))
     if use_onednn(prefers_onednn()):
         done.append("fp32 products by oneDNN")
     if not done:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -15,6 +15,7 @@ from lorakit.data.batches import IGNORED, Batch
 from lorakit.loss import batch_loss
 from lorakit.modules import Layout, RMSNorm
 from lorakit.modules.frozen import StoredLinear
+from lorakit.modules.matmul import use_onednn
 from lorakit.testing.checkpoints import meta_model
 from lorakit.weights.base import family_of
 from lorakit.weights.stream import linear_names
@@ -114,6 +115,15 @@ def loss_and_gradients(
     loss = batch_loss(model, batch or make_batch())
     loss.backward()
     return loss.detach(), {n: p.grad for n, p in model.named_parameters() if p.requires_grad}
+
+
+@pytest.fixture
+def onednn() -> Iterator[None]:
+    """Products by oneDNN."""
+    if not use_onednn(True):
+        pytest.skip("this torch has no oneDNN")
+    yield
+    use_onednn(False)
 
 
 @pytest.fixture(params=FAMILIES)

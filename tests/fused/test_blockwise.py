@@ -6,15 +6,6 @@ import pytest
 import torch
 
 from lorakit.modules import blockwise, flash
-from lorakit.modules.matmul import use_onednn
-
-
-@pytest.fixture
-def onednn():
-    if not use_onednn(True):
-        pytest.skip("this torch has no oneDNN")
-    yield
-    use_onednn(False)
 
 
 def whole(q, k, v, scale):

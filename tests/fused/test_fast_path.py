@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from lorakit.modules import blockwise, matmul
 from lorakit.modules.low_rank import plain_path
 
 
@@ -27,6 +28,17 @@ def assert_paths_agree(loss_and_gradients):
 
 
 def test_equal_to_plain_autograd(model_type, adapter, make_model, assert_paths_agree):
+    assert_paths_agree(make_model(model_type, adapter))
+
+
+@pytest.mark.usefixtures("onednn")
+@pytest.mark.parametrize("adapter", ["lora", "dora_dropout"])
+def test_equal_where_products_are_by_onednn(
+    model_type, adapter, make_model, assert_paths_agree, monkeypatch
+):
+    """With every document attended by blocks, and thin products added by convolution too."""
+    monkeypatch.setattr(blockwise, "WORTHWHILE", 1)
+    monkeypatch.setattr(matmul, "_LARGE", 1)
     assert_paths_agree(make_model(model_type, adapter))
 
 

@@ -8,11 +8,14 @@ from pathlib import Path
 import pytest
 import torch
 
+from lorakit.modules import matmul
 from lorakit.modules.matmul import (
+    add_times,
     times,
     times_into,
     times_transposed,
     times_transposed_into,
+    transposed_times,
     use_onednn,
 )
 from lorakit.runtime import prefers_onednn
@@ -53,6 +56,25 @@ def test_products_equal_float64(library: bool, rows: int, outputs: int, inputs: 
         (times(dy, weight, plus=plus.clone()), back + plus),
     ):
         torch.testing.assert_close(result.double(), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("large", [1, 2**40], ids=["convolved", "added"])
+@pytest.mark.parametrize(("rows", "wide", "rank"), [(37, 48, 8), (2, 5, 1), (64, 129, 3)])
+def test_thin_products_equal_float64(
+    library: bool, large: int, rows: int, wide: int, rank: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(matmul, "_LARGE", large)
+    generator = torch.Generator().manual_seed(rows)
+    low, z = (torch.randn(rows, n, generator=generator) for n in (rank, wide))
+    factor = torch.randn(rank, wide, generator=generator)
+    inner = low.double().t() @ z.double()
+    torch.testing.assert_close(transposed_times(low, z).double(), inner, rtol=1e-5, atol=1e-5)
+    # As the step has it too: the transpose of a factor stored the other way round.
+    for given in (factor, factor.t().contiguous().t()):
+        y = z.clone()
+        add_times(y, low, given)
+        expected = z.double() + low.double() @ factor.double()
+        torch.testing.assert_close(y.double(), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_other_dtypes_and_meta_tensors_take_the_usual_way(library: bool) -> None:

@@ -79,11 +79,11 @@ def test_an_earlier_run_in_the_process_does_not_choose_the_library_for_the_next(
     x = torch.ones(2, 2)
     monkeypatch.setattr(runtime, "prefers_onednn", lambda: True)
     tune_process(CPU)
-    if not matmul._by_onednn(x, x):
+    if not matmul.by_onednn(x, x):
         pytest.skip("this build of torch has no oneDNN")
     if why == "LORAKIT_TUNE=0":
         monkeypatch.setenv("LORAKIT_TUNE", "0")
     elif why == "another processor":
         monkeypatch.setattr(runtime, "prefers_onednn", lambda: False)
     tune_process(torch.device("cuda") if why == "another device" else CPU)
-    assert not matmul._by_onednn(x, x)
+    assert not matmul.by_onednn(x, x)

@@ -49,6 +49,22 @@ class Batch:
             self.rows,
         )
 
+    def rounded(self, multiple: int) -> Batch:
+        """With tokens that nobody sees and nothing is trained on, up to a multiple of so many: a
+        document of their own behind the others."""
+        missing = -len(self.tokens) % multiple
+        if not missing:
+            return self
+        positions = torch.arange(missing, device=self.layout.positions.device)
+        return evolve(
+            self,
+            tokens=torch.nn.functional.pad(self.tokens, (0, missing)),
+            labels=torch.nn.functional.pad(self.labels, (0, missing), value=IGNORED),
+            layout=Layout(
+                (*self.layout.lengths, missing), torch.cat([self.layout.positions, positions])
+            ),
+        )
+
     def pinned(self) -> Batch:
         """In page-locked memory, from where `to` copies while the device computes."""
         return evolve(

@@ -15,6 +15,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from lorakit.modules.frozen import has_memory
 from lorakit.modules.matmul import onednn_is_on, times, times_transposed
 
 BLOCK_ELEMENTS = 2**20
@@ -43,13 +44,14 @@ def attend(q: Tensor, k: Tensor, v: Tensor, scale: float, out: Tensor) -> None:
         scale: Of the scores.
         out: Like q; is written.
     """
-    keys, values = _by_head(k) * scale, _by_head(v)
+    keys, values = _by_head(k, scale), _by_head(v)
     for start, stop in _blocks(q, k):
-        for head, queries in enumerate(_shared(q[start:stop], k)):
-            seen, read = keys[head, :stop], values[head, :stop]
-            share = _shares(_rows(queries), seen, start)
-            rows = times(share.flatten(0, 1), read)
-            _shared(out[start:stop], k)[head].copy_(_queries(rows, stop - start))
+        seen, read = keys[:, :stop].unbind(), values[:, :stop].unbind()
+        rows = [
+            times(_shares(x, seen[head], start).flatten(0, 1), read[head])
+            for head, x in enumerate(_shared_rows(q[start:stop], k))
+        ]
+        _write(out[start:stop], rows)
 
 
 def attend_backward(
@@ -60,22 +62,23 @@ def attend_backward(
     With P the softmax's result and S its argument, dV = P^T dO, dP = dO V^T,
     dS = P (dP - rowsum(P dP)), dQ = scale dS K and dK = scale dS^T Q.
     """
-    keys, values = _by_head(k) * scale, _by_head(v)
+    keys, values = _by_head(k, scale), _by_head(v)
     dq, dk, dv = into
     d_keys, d_values = torch.zeros_like(keys), torch.zeros_like(values)
     for start, stop in _blocks(q, k):
-        heads = zip(_shared(q[start:stop], k), _shared(dout[start:stop], k), strict=True)
-        for head, (queries, upstream) in enumerate(heads):
-            seen, read = keys[head, :stop], values[head, :stop]
-            x, dy = _rows(queries), _rows(upstream)
-            share = _shares(x, seen, start)
-            d_share = times_transposed(dy, read).view_as(share)
-            d_values[head, :stop].addmm_(share.flatten(0, 1).t(), dy)
+        seen, read = keys[:, :stop].unbind(), values[:, :stop].unbind()
+        d_seen, d_read = d_keys[:, :stop].unbind(), d_values[:, :stop].unbind()
+        dys = _shared_rows(dout[start:stop], k)
+        rows = []
+        for head, x in enumerate(_shared_rows(q[start:stop], k)):
+            share = _shares(x, seen[head], start)
+            d_share = times_transposed(dys[head], read[head]).view_as(share)
+            d_read[head].addmm_(share.flatten(0, 1).t(), dys[head])
             d_scores = torch._softmax_backward_data(d_share, share, -1, share.dtype).flatten(0, 1)
-            d_keys[head, :stop].addmm_(d_scores.t(), x)
-            rows = times(d_scores, seen)
-            _shared(dq[start:stop], k)[head].copy_(_queries(rows, stop - start))
-    dk.copy_(d_keys.transpose(0, 1)).mul_(scale)
+            d_seen[head].addmm_(d_scores.t(), x)
+            rows.append(times(d_scores, seen[head]))
+        _write(dq[start:stop], rows)
+    dk.copy_(d_keys.mul_(scale).transpose(0, 1))
     dv.copy_(d_values.transpose(0, 1))
 
 
@@ -97,9 +100,19 @@ def _shares(x: Tensor, keys: Tensor, start: int) -> Tensor:
     return scores.softmax(dim=-1)
 
 
+_masks: dict[torch.dtype, Tensor] = {}
+
+
 def _hidden(block: int, like: Tensor) -> Tensor:
-    """`[block, block]`, minus infinity above the diagonal, else 0."""
-    return like.new_full((block, block), float("-inf")).triu_(1)
+    """`[block, block]`, minus infinity above the diagonal, else 0: a part of one that is kept."""
+    if not has_memory(like):
+        return like.new_empty(block, block)
+    kept = _masks.get(like.dtype)
+    if kept is None or len(kept) < block:
+        with torch.inference_mode(False):
+            kept = torch.full((block, block), float("-inf"), dtype=like.dtype).triu_(1)
+        _masks[like.dtype] = kept
+    return kept[:block, :block]
 
 
 def _blocks(q: Tensor, k: Tensor) -> Iterator[tuple[int, int]]:
@@ -111,21 +124,22 @@ def _blocks(q: Tensor, k: Tensor) -> Iterator[tuple[int, int]]:
         yield start, min(start + rows, length)
 
 
-def _by_head(x: Tensor) -> Tensor:
-    """`[T, Hkv, Dh]` -> `[Hkv, T, Dh]`, each head's rows one after the other in memory."""
-    return x.transpose(0, 1).contiguous()
+def _by_head(x: Tensor, factor: float = 1.0) -> Tensor:
+    """`[T, Hkv, Dh]` -> `[Hkv, T, Dh]` times a factor, a copy: each head's rows one after the
+    other."""
+    length, heads, head_dim = x.shape
+    return torch.mul(x.transpose(0, 1), factor, out=x.new_empty(heads, length, head_dim))
 
 
-def _shared(x: Tensor, k: Tensor) -> Tensor:
-    """`[B, H, Dh]` -> `[Hkv, G, B, Dh]`, a view: by key head, the query heads that see it."""
-    return x.unflatten(1, (k.shape[1], -1)).permute(1, 2, 0, 3)
+def _shared_rows(x: Tensor, k: Tensor) -> tuple[Tensor, ...]:
+    """`[B, H, Dh]` -> for each key head `[G * B, Dh]`: the query heads that see it, one after the
+    other."""
+    by_head = x.unflatten(1, (k.shape[1], -1)).permute(1, 2, 0, 3)
+    return by_head.reshape(k.shape[1], -1, x.shape[2]).unbind()
 
 
-def _rows(x: Tensor) -> Tensor:
-    """`[G, B, Dh]` -> `[G * B, Dh]`."""
-    return x.reshape(-1, x.shape[-1])
-
-
-def _queries(rows: Tensor, block: int) -> Tensor:
-    """`[G * B, Dh]` -> `[G, B, Dh]`, a view."""
-    return rows.view(-1, block, rows.shape[-1])
+def _write(out: Tensor, rows: list[Tensor]) -> None:
+    """The inverse of `_shared_rows`; out `[B, H, Dh]`."""
+    block, _, head_dim = out.shape
+    heads = torch.stack(rows).view(len(rows), -1, block, head_dim)
+    out.view(block, len(rows), -1, head_dim).copy_(heads.permute(2, 0, 1, 3))

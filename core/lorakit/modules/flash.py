@@ -82,7 +82,7 @@ class _FlashDocuments(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, out, *normalizers = ctx.saved_tensors
-        dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+        dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
         remaining = iter(normalizers)
         for part, blockwise in ctx.documents:
             into = dq[part], dk[part], dv[part]

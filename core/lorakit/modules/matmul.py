@@ -15,6 +15,7 @@ from torch import Tensor
 
 _linear: Any = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
 _convolution: Any = getattr(torch.ops.mkldnn, "_convolution_pointwise_", None)
+_ROWS = 32
 _LARGE = 2**20
 """Numbers that a thin product is added to, from which on oneDNN is the faster at it."""
 _chosen = {"onednn": False}
@@ -29,6 +30,15 @@ def use_onednn(on: bool) -> bool:
 def onednn_is_on() -> bool:
     """Whether `use_onednn` has turned it on."""
     return _chosen["onednn"]
+
+
+def row_multiple() -> int:
+    """Of how many rows products are to be a multiple.
+
+    oneDNN keeps what it has compiled for a shape, some 400 KB each: micro-batches of rounded
+    lengths are of few shapes.
+    """
+    return _ROWS if onednn_is_on() else 1
 
 
 def times_transposed(x: Tensor, weight: Tensor) -> Tensor:
