@@ -15,7 +15,7 @@ from lorakit.compilation import check_compiler, compilation_told, compile_blocks
 from lorakit.data.batches import BatchPlan
 from lorakit.data.dataset import Dataset, load_dataset
 from lorakit.data.tokenizer import Tokenizer
-from lorakit.errors import Interrupted
+from lorakit.errors import Interrupted, UserError
 from lorakit.interrupts import stop_on_signals
 from lorakit.logs import LoggerGroup
 from lorakit.loop import Limits, Result, train, trainable_parameters
@@ -180,6 +180,7 @@ def assemble(
     data = recipe.data.options
     tokenizer = base.tokenizer.with_template(data.chat_template)
     dataset = load_dataset(recipe.data.record, data, tokenizer, progress)
+    _check_ids(dataset, int(base.causal_lm.lm_head.out_features), recipe.model.options.path)
     plan = batch_plan(recipe, dataset)
     training = _with_mode(recipe, base, plan, device, precision).training
     tuned = tune_process(device, save_memory=training.saves_memory)
@@ -226,6 +227,17 @@ def assemble(
             "follows the run's length."
         )
     return Run(recipe, device, precision, base, tokenizer, adapted, dataset, plan, total, notices)
+
+
+def _check_ids(dataset: Dataset, vocabulary: int, path: str) -> None:
+    """Every token has a row in the embedding: else the first step would fail, minutes later."""
+    for example, where in zip(dataset.examples, dataset.where, strict=True):
+        if max(example.ids) >= vocabulary:
+            raise UserError(
+                f"model.path: {path}: its tokenizer gives token {max(example.ids)} for {where}, "
+                f"but the model has only {vocabulary:,}",
+                "Put the tokenizer that the model was trained with beside its weights.",
+            )
 
 
 def batch_plan(recipe: Recipe, dataset: Dataset) -> BatchPlan:

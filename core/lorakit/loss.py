@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from lorakit.data.batches import IGNORED, Batch
-from lorakit.modules.matmul import by_onednn, row_multiple, times_transposed
+from lorakit.modules.matmul import row_multiple
 from lorakit.modules.narrow import NarrowLinear, project, project_back
 from lorakit.protocols import CausalLM
 from lorakit.scratch import scratch
@@ -95,9 +95,6 @@ class _Buffers:
     ) -> _Buffers:
         """z = W h in `product`; hidden `[n, D]`, weight `[V, D]`."""
         shape, own = (len(hidden), len(weight)), hidden.dtype
-        if by_onednn(hidden, weight):
-            z = times_transposed(hidden, weight)
-            return cls(z, z, scratch("logits", z, (shape, wide))[0] if capped else None)
         dtypes = [wide, *[wide] * capped, *[own] * (own != wide)]
         made = scratch("logits", hidden, *((shape, dtype) for dtype in dtypes))
         product = made[-1] if own != wide else made[0]

@@ -88,7 +88,8 @@ def main() -> None:
     index_file = given.directory / "model.safetensors.index.json"
     index_file.write_text(json.dumps({"metadata": {}, "weight_map": weight_map}), encoding="utf-8")
     if given.tokenizer:
-        for file in given.tokenizer.iterdir():
+        # The directory may be a whole model's.
+        for file in given.tokenizer.glob("*token*"):
             shutil.copy(file, given.directory / file.name)
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from lorakit.errors import UserError
+from lorakit.recipes import resolve_recipe
 from lorakit.run_directory import write_recipe
 
 Cli = Callable[..., Any]
@@ -272,11 +273,12 @@ def test_output_that_cannot_be_made(refused: Any, make_recipe: MakeRecipe, tmp_p
     assert f"output: {output} cannot be made: {file} is a file" in message
 
 
-def test_output_that_the_file_system_does_not_take(tmp_path: Path) -> None:
+def test_output_that_the_file_system_does_not_take(make_recipe: MakeRecipe, tmp_path: Path) -> None:
     file = tmp_path / "mine"
     file.write_text("precious", encoding="utf-8")
+    recipe = resolve_recipe(make_recipe(output=str(file / "run")))
     with pytest.raises(UserError, match="cannot be written to"):
-        write_recipe(file / "run", "")
+        write_recipe(recipe)
 
 
 def test_no_cuda(refused: Any, make_recipe: MakeRecipe) -> None:
@@ -309,3 +311,13 @@ def test_wrong_rows_are_told_together(refused: Any, make_recipe: MakeRecipe) -> 
     lines = refused(reference).splitlines()
     assert lines[0] == "error: data: the first 10 problems:"
     assert len(lines) == 11
+
+
+def test_a_tokenizer_of_another_model(
+    make_checkpoint: Callable[..., Path], make_recipe: MakeRecipe, refused: Callable[..., str]
+) -> None:
+    """Known once the data are tokenized, before any weight is loaded."""
+    message = refused(make_recipe(model=make_checkpoint(vocab_size=40)))
+    assert "model.path: " in message
+    assert "the model has only 40" in message
+    assert ", line 1, " in message

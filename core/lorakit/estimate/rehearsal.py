@@ -35,8 +35,6 @@ from lorakit.weights.dtypes import torch_dtype
 
 ACTIVATIONS, LOSS, GRADIENTS = "activations", "loss", "gradients"
 DEQUANTIZED, SCRATCH, FILE = "dequantized", "scratch", "file"
-OPTIMIZER_STEP = Event(-1, 0)
-"""Stands in a step's events where the optimizer makes its state."""
 BYTES_UNKNOWN_OPTIMIZER = 8
 """State of an optimizer that does not say what it keeps: two fp32 numbers a parameter."""
 
@@ -58,7 +56,7 @@ class Step:
     """What one optimizer step allocates and frees.
 
     Attributes:
-        events: In order, `OPTIMIZER_STEP` among them.
+        events: In order.
         labels: By storage: `activations`, `loss` or `gradients`.
         buffers: Bytes that stay from step to step: scratch memory, and the largest dequantized
             weight, whose memory all of them share.
@@ -125,7 +123,6 @@ class Rehearsal:
                 self._micro_batch(batch, watch)
             watch.relabel([p.grad for p in trained if p.grad is not None], GRADIENTS)
             watch.relabel(kept.values(), SCRATCH)
-            watch.events.append(OPTIMIZER_STEP)
             for parameter in trained:
                 parameter.grad = None
         made = [e for e in watch.events if e.size > 0]

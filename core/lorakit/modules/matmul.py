@@ -16,6 +16,7 @@ from torch import Tensor
 _linear: Any = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
 _convolution: Any = getattr(torch.ops.mkldnn, "_convolution_pointwise_", None)
 _ROWS = 32
+_PART = 2**20
 _LARGE = 2**20
 """Numbers that a thin product is added to, from which on oneDNN is the faster at it."""
 _chosen = {"onednn": False}
@@ -66,8 +67,12 @@ def times(dy: Tensor, weight: Tensor, plus: Tensor | None = None) -> Tensor:
 def times_transposed_into(out: Tensor, x: Tensor, weight: Tensor) -> None:
     """out = x W^T."""
     if by_onednn(x, weight):
-        # oneDNN's product cannot be written into a given tensor; copying it costs far less.
-        out.copy_(times_transposed(x, weight))
+        # oneDNN's product cannot be written into a given tensor, and copying it costs little.  In
+        # parts: whole logits, large and soon freed, would leave holes in the heap.
+        count = max(1, _PART // len(x))
+        for start in range(0, len(weight), count):
+            part = slice(start, start + count)
+            out[:, part].copy_(times_transposed(x, weight[part]))
     else:
         torch.mm(x, weight.t(), out=out)
 
