@@ -37,7 +37,7 @@ from lorakit.run_directory import (
     free_output,
     write_recipe,
 )
-from lorakit.runtime import tune_process
+from lorakit.runtime import is_wide, tune_process
 from lorakit.samples import Samples
 from lorakit.schedule import lr_factor
 from lorakit.serving import serving_advice
@@ -183,7 +183,8 @@ def assemble(
     _check_ids(dataset, int(base.causal_lm.lm_head.out_features), recipe.model.options.path)
     plan = batch_plan(recipe, dataset)
     training = _with_mode(recipe, base, plan, device, precision).training
-    tuned = tune_process(device, save_memory=training.saves_memory)
+    gives_back = training.saves_memory and is_wide(base.checkpoint.config)
+    tuned = tune_process(device, save_memory=gives_back)
     if check_memory:
         from lorakit.estimate.check import check_that_it_fits
 

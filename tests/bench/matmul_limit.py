@@ -8,11 +8,11 @@ same batches.  Timed are, at the shapes, layer by layer and with the weights of 
     linear layers   x W^T; backward dy W, where the input needs a gradient
     low-rank        x A^T and (x A^T) B^T; backward dy B, (x A^T)^T dy, (dy B)^T x and (dy B) A
     attention       q k^T and p v for each document, as whole squares; backward the four of
-                    their gradients
+                    their gradients (two of them by MKL: oneDNN has no faster way)
     head            h W^T for the trained tokens, in the chunks of the loss; backward dz W
 
-All that can be written into memory that is there before is.  Products with frozen weights are
-made by each library that torch has for them (see `lorakit.modules.matmul`); the faster counts.
+All that can be written into memory that is there before is.  They are made by each library that
+torch has for them (see `lorakit.modules.matmul`); the faster counts.
 Prints one JSON object, as the peers do.
 """
 
@@ -31,7 +31,13 @@ from lorakit.data.batches import Batch
 from lorakit.loss import chunk_tokens
 from lorakit.modules.attention import Attention
 from lorakit.modules.low_rank import LowRank, low_rank_of, weight_of
-from lorakit.modules.matmul import times, times_transposed, use_onednn
+from lorakit.modules.matmul import (
+    add_times,
+    times,
+    times_transposed,
+    transposed_times,
+    use_onednn,
+)
 from lorakit.progress import TerminalProgress
 from lorakit.recipes import resolve_recipe
 
@@ -74,9 +80,8 @@ def linear_forward(part: LowRank, tokens: int, scratch: Scratch) -> None:
     x, y = scratch("x", tokens, wide), scratch("y", tokens, out)
     y = project(x, weight, y, scratch)
     if part.down is not None and part.up is not None:
-        low = scratch("low", tokens, len(part.down))
-        torch.mm(x, part.down.t(), out=low)
-        y.addmm_(low, part.up.t())
+        low = project(x, part.down, scratch("low", tokens, len(part.down)), scratch)
+        add_times(y, low, part.up.t())
 
 
 def linear_backward(part: LowRank, tokens: int, scratch: Scratch, needs_dx: bool) -> None:
@@ -88,30 +93,33 @@ def linear_backward(part: LowRank, tokens: int, scratch: Scratch, needs_dx: bool
         dx = project_back(dy, weight, dx, scratch)
     if part.down is not None and part.up is not None:
         rank = len(part.down)
-        low, d_low = scratch("low", tokens, rank), scratch("d_low", tokens, rank)
-        torch.mm(dy, part.up, out=d_low)
-        torch.mm(low.t(), dy, out=scratch("d_up", rank, out))
-        torch.mm(d_low.t(), x, out=scratch("d_down", rank, wide))
+        low = scratch("low", tokens, rank)
+        d_low = project_back(dy, part.up, scratch("d_low", tokens, rank), scratch)
+        transposed_times(low, dy)
+        transposed_times(d_low, x)
         if needs_dx:
-            dx.addmm_(d_low, part.down)
+            add_times(dx, d_low, part.down)
 
 
 def attention_products(
-    heads: int, head_dim: int, length: int, scratch: Scratch, *, backward: bool
+    heads: int, kv_heads: int, head_dim: int, length: int, scratch: Scratch, *, backward: bool
 ) -> None:
-    """Of one document: 2 forward, 4 backward, each `[T, T, Dh]` multiplications a head."""
-    q, k, v = (scratch(name, heads, length, head_dim) for name in "qkv")
-    scores = scratch("scores", heads, length, length)
-    if not backward:
-        torch.bmm(q, k.transpose(1, 2), out=scores)
-        torch.bmm(scores, v, out=scratch("attended", heads, length, head_dim))
-        return
-    d_out = scratch("attended", heads, length, head_dim)
-    d_scores = scratch("d_scores", heads, length, length)
-    torch.bmm(scores.transpose(1, 2), d_out, out=scratch("dv", heads, length, head_dim))
-    torch.bmm(d_out, v.transpose(1, 2), out=d_scores)
-    torch.bmm(d_scores, k, out=scratch("dq", heads, length, head_dim))
-    torch.bmm(d_scores.transpose(1, 2), q, out=scratch("dk", heads, length, head_dim))
+    """Of one document: 2 forward, 4 backward, each `[T, T, Dh]` multiplications a head; the query
+    heads that share a key head in one."""
+    rows = heads // kv_heads * length
+    q, d_out = scratch("q", rows, head_dim), scratch("d_out", rows, head_dim)
+    k, v = scratch("k", length, head_dim), scratch("v", length, head_dim)
+    scores, d_scores = scratch("scores", rows, length), scratch("d_scores", rows, length)
+    attended, into = scratch("attended", rows, head_dim), scratch("into", length, head_dim)
+    for _ in range(kv_heads):
+        if not backward:
+            project(q, k, scores, scratch)
+            project_back(scores, v, attended, scratch)
+            continue
+        project(d_out, v, d_scores, scratch)
+        torch.mm(scores.t(), d_out, out=into)
+        torch.mm(d_scores.t(), q, out=into)
+        project_back(d_scores, k, attended, scratch)
 
 
 def head_products(weight: Tensor, trained: int, scratch: Scratch) -> None:
@@ -157,9 +165,11 @@ def linear_layers(block: nn.Module) -> Iterator[tuple[str, LowRank]]:
 def _attend(block: nn.Module, batch: Batch, scratch: Scratch, *, backward: bool) -> None:
     for module in block.modules():
         if isinstance(module, Attention):
-            heads = module.widths[0] // module.head_dim
+            heads, kv_heads = (width // module.head_dim for width in module.widths[:2])
             for length in batch.layout.lengths:
-                attention_products(heads, module.head_dim, length, scratch, backward=backward)
+                attention_products(
+                    heads, kv_heads, module.head_dim, length, scratch, backward=backward
+                )
 
 
 def main() -> None:
@@ -167,19 +177,24 @@ def main() -> None:
     run = assemble(recipe, TerminalProgress())
     steps = []
     with torch.no_grad():
-        for _, (batch,) in zip(range(run.total_steps), run.plan.windows(0, 0), strict=False):
-            seconds = min(timed(run, batch, onednn=False), timed(run, batch, onednn=True))
-            counts = {"tokens": len(batch.tokens), "trained_tokens": batch.trained}
+        for _, window in zip(range(run.total_steps), run.plan.windows(0, 0), strict=False):
+            seconds = min(timed(run, window, onednn=False), timed(run, window, onednn=True))
+            counts = {
+                "tokens": sum(len(batch.tokens) for batch in window),
+                "trained_tokens": sum(batch.trained for batch in window),
+            }
             steps.append({"seconds": seconds, **counts})
     print(json.dumps({"steps": steps, "losses": []}))
 
 
-def timed(run: Run, batch: Batch, *, onednn: bool) -> float:
-    """Seconds of the batch's products, made once before to fill the memory."""
+def timed(run: Run, window: list[Batch], *, onednn: bool) -> float:
+    """Seconds of the window's products, made once before to fill the memory."""
     scratch = Scratch(onednn=onednn)
-    step_products(run, batch, scratch)
+    for batch in window:
+        step_products(run, batch, scratch)
     started = time.perf_counter()
-    step_products(run, batch, scratch)
+    for batch in window:
+        step_products(run, batch, scratch)
     return time.perf_counter() - started
 
 

@@ -30,13 +30,19 @@ class Variant:
 
 
 CANDIDATES = {
-    f"{CANDIDATE}packed {tokens:,}{label}": packed(tokens, checkpointing)
-    for tokens in (1024, 2048)
-    for checkpointing, label in (
-        (False, ""),
-        ("selective", ", checkpointing selective"),
-        (True, ", checkpointing on"),
-    )
+    f"{CANDIDATE}packed 512": packed(512),
+    f"{CANDIDATE}packed 4 x 512, one row at a time": packed(512).but(
+        training={"gradient_accumulation_steps": 4}
+    ),
+    **{
+        f"{CANDIDATE}packed {tokens:,}{label}": packed(tokens, checkpointing)
+        for tokens in (1024, 2048)
+        for checkpointing, label in (
+            (False, ""),
+            ("selective", ", checkpointing selective"),
+            (True, ", checkpointing on"),
+        )
+    },
 }
 DEFAULT = f"{CANDIDATE}packed 2,048"
 LENGTHS = (256, 512, 1024, 2048)
@@ -117,13 +123,18 @@ def ablation(inputs: Inputs, steps: int, results: Mapping[str, Any]) -> Iterator
     for name, setting in {
         "all on": base,
         "not packed (batches of 4 documents)": base.but(
-            data={"packed": False, "max_seq_len": 1024}, training={"batch_size": 4}
+            data={"packed": False, "max_seq_len": 1024},
+            training={"batch_size": 4, "gradient_accumulation_steps": 1},
         ),
-        "not packed (1 document a step)": base.but(data={"packed": False, "max_seq_len": 1024}),
+        "not packed (1 document a step)": base.but(
+            data={"packed": False, "max_seq_len": 1024},
+            training={"gradient_accumulation_steps": 1},
+        ),
         "plain autograd (fused = false)": base.but(training={"fused": False}),
         "whole logits (no chunked loss)": base.but(without="chunked-loss"),
         "every token projected": base.but(without="trained-only"),
         "torch's own attention call per document": base.but(without="flash-kernel"),
+        "long documents by torch's kernel too": base.but(without="blockwise"),
         "products by torch's default library": base.but(without="onednn"),
         "process settings off (LORAKIT_TUNE=0)": base.but(env={"LORAKIT_TUNE": "0"}),
         "compile on": base.but(training={"compile": True}),
@@ -142,7 +153,10 @@ def ablation(inputs: Inputs, steps: int, results: Mapping[str, Any]) -> Iterator
 def scaling(inputs: Inputs, steps: int, results: Mapping[str, Any]) -> Iterator[Variant]:
     rows, base = inputs.short_rows(SHORT_DOCUMENT), best(results)
     for tokens in LENGTHS:
-        setting = base.but(data={"packed": True, "max_seq_len": tokens})
+        setting = base.but(
+            data={"packed": True, "max_seq_len": tokens},
+            training={"gradient_accumulation_steps": 1},
+        )
         # Short steps are many, so that each length is timed for about as long.
         count = 1 + (steps - 1) * min(4, max(LENGTHS) // tokens)
         yield Variant(

@@ -20,7 +20,7 @@ from torch import Tensor
 import lorakit
 from lorakit import loss
 from lorakit.data.batches import IGNORED
-from lorakit.modules import attention, matmul
+from lorakit.modules import attention, flash, matmul
 from lorakit.protocols import CausalLM
 
 
@@ -48,6 +48,11 @@ def no_kernel(q: Tensor, k: Tensor) -> bool:
     return False
 
 
+def no_blocks(q: Tensor, k: Tensor) -> bool:
+    """For `beats_kernel`: torch's kernel for long documents too."""
+    return False
+
+
 def no_onednn(on: bool) -> bool:
     """For `use_onednn`: torch's default library for products."""
     return False
@@ -58,6 +63,7 @@ REPLACED: dict[str, tuple[Any, str, Callable[..., Any]]] = {
     "chunked-loss": (loss, "cross_entropy_sum", whole_logits),
     "trained-only": (loss, "cross_entropy_sum", every_token),
     "onednn": (matmul, "use_onednn", no_onednn),
+    "blockwise": (flash, "beats_kernel", no_blocks),
     "flash-kernel": (attention, "has_flash", no_kernel),
 }
 

@@ -23,7 +23,7 @@ from lorakit.options import AUTO, CHECKPOINTING_MODES
 from lorakit.progress import TerminalProgress
 from lorakit.protocols import BaseCheckpoint, Precision
 from lorakit.recipes import Recipe
-from lorakit.runtime import tune_process
+from lorakit.runtime import is_wide, tune_process
 
 GENEROUS = 8
 """Times what a linear layer reads and writes: more than any training keeps of it."""
@@ -105,9 +105,9 @@ def estimate_recipe(
     """
     progress = TerminalProgress()
     device = resolve_device(recipe.run.device)
-    tune_process(device, save_memory=recipe.training.saves_memory)
     precision = recipe.precision.record.resolve(device, recipe.precision.options)
     base = open_shapes(recipe, progress)
+    tune_process(device, save_memory=recipe.training.saves_memory and is_wide(base.config))
     batch = measured_micro_batch(recipe, base, progress) if use_data else None
     batch = batch or worst_micro_batch(recipe)
     recipe = with_checkpointing_chosen(recipe, base, batch, device, precision)

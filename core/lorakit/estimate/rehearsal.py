@@ -30,6 +30,7 @@ from lorakit.modules.low_rank import set_fused
 from lorakit.progress import SilentProgress
 from lorakit.protocols import BaseCheckpoint, CausalLM, Precision, TensorSpec
 from lorakit.recipes import Recipe
+from lorakit.runtime import is_wide
 from lorakit.scratch import fakes_kept
 from lorakit.weights.dtypes import torch_dtype
 
@@ -108,7 +109,7 @@ class Rehearsal:
         model.train()
         checkpoint_blocks(cast(CausalLM, model), str(recipe.training.activation_checkpointing))
         self.model = model
-        self.saves_memory = recipe.training.saves_memory
+        self.saves_memory = recipe.training.saves_memory and is_wide(checkpoint.config)
         self.weights = _weight_bytes(model)
         self.optimizer = sum(self._state_bytes(p) for p in trainable_parameters(model))
 

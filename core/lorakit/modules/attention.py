@@ -13,6 +13,7 @@ from lorakit.modules.layout import Layout
 from lorakit.modules.low_rank import fused_now, projections
 from lorakit.modules.rope import Rotary
 from lorakit.modules.uncompiled import uncompiled
+from lorakit.modules.varlen import has_varlen, varlen_documents
 
 QUERY_BLOCK = 512
 """Queries that share a mask: a document's own would be [T, T]."""
@@ -122,8 +123,9 @@ def document_attention(
 ) -> Tensor:
     """Causal attention that never crosses a document's border.
 
-    Documents are attended one at a time: on short ones that is faster than one masked product
-    over all, and needs no [T, T] mask.
+    On CUDA, one call of torch's kernel for documents of any lengths, where that takes them.  Else
+    documents are attended one at a time: on short ones that is faster than one masked product over
+    all, and needs no [T, T] mask.
 
     Args:
         q: `[T, H, Dh]`.
@@ -140,6 +142,8 @@ def document_attention(
     plain = softcap is None and (window is None or max(layout.lengths) <= window)
     if plain and len(q) == len(k) and fused_now() and has_flash(q, k):
         return flash_documents(q, k, v, layout.lengths, scale)
+    if softcap is None and len(q) == len(k) and has_varlen(q):
+        return varlen_documents(q, k, v, layout, window=window, scale=scale)
     if len(layout.lengths) == 1:
         return _attend(q, k, v, window, scale, softcap)
     parts = zip(
