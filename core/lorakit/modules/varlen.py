@@ -75,7 +75,7 @@ def _starts(layout: Layout, device: torch.device) -> Tensor:
 
 
 def _kernel() -> Any:
-    """None in a torch that has it not, or, as 2.10, without windows."""
+    """None in a torch that has it not, or not with windows and shared key heads."""
     try:
         from torch.nn.attention import varlen
     except ImportError:
