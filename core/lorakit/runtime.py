@@ -61,9 +61,9 @@ def tune_process(device: torch.device, *, save_memory: bool = False) -> str | No
         done.append(f"large tensors' memory is {word}")
     if torch.set_flush_denormal(True):
         done.append("denormals count as zero")
-    # Read at oneDNN's first product.
-    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", str(KEPT_PRODUCTS))
     if use_onednn(prefers_onednn()):
+        # Read at oneDNN's first product.
+        os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", str(KEPT_PRODUCTS))
         done.append("fp32 products by oneDNN")
     if not done:
         return None
