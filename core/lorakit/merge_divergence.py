@@ -28,6 +28,7 @@ from lorakit.merging import Merge, MergedCheckpoint
 from lorakit.modules.frozen import release_buffers
 from lorakit.protocols import BaseCheckpoint, CausalLM, Progress
 from lorakit.recipes import read_section
+from lorakit.runtime import tensors_in_own_pages
 from lorakit.weights.dtypes import torch_dtype
 
 ROWS = 8
@@ -113,6 +114,7 @@ def _cut(example: Encoded) -> Encoded:
     return example.truncated(trained[:TRAINED_TOKENS][-1] + 1)
 
 
+@tensors_in_own_pages()
 @torch.no_grad()
 def merge_divergence(
     opened: Mergeable, batch: Batch, device: torch.device, progress: Progress

@@ -21,6 +21,7 @@ from lorakit.atomic import replaced_directory, write_bytes
 from lorakit.errors import RunError, UserError
 from lorakit.protocols import BaseCheckpoint, Progress, TensorSpec
 from lorakit.records import AdapterMethod
+from lorakit.runtime import tensors_in_own_pages
 from lorakit.weights.dtypes import torch_dtype
 from lorakit.weights.part import named_tensors
 from lorakit.weights.shard_plan import (
@@ -140,7 +141,7 @@ def merge_adapter(
     _check_layers(base, plan, tensors)
     _check_room(directory, plan_bytes(plan))
     try:
-        with replaced_directory(directory) as folder:
+        with tensors_in_own_pages(), replaced_directory(directory) as folder:
             with ExitStack() as opened:
                 files_of = _open_writers(base, plan, folder, opened)
                 task = opened.enter_context(progress.task("merging", len(files_of), "tensors"))

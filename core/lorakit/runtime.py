@@ -77,19 +77,22 @@ def is_wide(config: Mapping[str, Any]) -> bool:
 
 @contextmanager
 def tensors_in_own_pages() -> Iterator[None]:
-    """For loading weights: in a tuned process, every tensor above 1 MB gets pages of its own.
+    """For weights that come and go: in a tuned process, every tensor above 1 MB gets pages of its
+    own.
 
     Kept for reuse, the memory of what a quantization reads and frees would be cut up by what it
     keeps: measured, 25% more than the quantized model takes.
     """
-    tuned = _tuned["threshold"]
-    if tuned > OWN_PAGES_BYTES:
+    before = _tuned["threshold"]
+    if before > OWN_PAGES_BYTES:
         _mallopt(M_MMAP_THRESHOLD, OWN_PAGES_BYTES)
+        _tuned["threshold"] = OWN_PAGES_BYTES
     try:
         yield
     finally:
-        if tuned > OWN_PAGES_BYTES:
-            _mallopt(M_MMAP_THRESHOLD, tuned)
+        if before > OWN_PAGES_BYTES:
+            _mallopt(M_MMAP_THRESHOLD, before)
+            _tuned["threshold"] = before
 
 
 def is_tuned(device: torch.device) -> bool:

@@ -37,14 +37,18 @@ def merge(
         raise click.UsageError("Missing option '--output'.")
     from pathlib import Path
 
+    import torch
+
     from lorakit.base_model import resolve_device
     from lorakit.merge_divergence import divergence_sentence
     from lorakit.mergeable import open_mergeable
     from lorakit.progress import TerminalProgress
+    from lorakit.runtime import tune_process
 
     progress = TerminalProgress()
-    opened = open_mergeable(run_or_adapter, progress)
     place = resolve_device(device)
+    tune_process(torch.device("cpu"))
+    opened = open_mergeable(run_or_adapter, progress)
     base_weight = opened.dequantized_base(place) if base == "dequantized" else None
     click.echo(f"serve with vLLM: {opened.serving_advice()}")
     if output is not None and not check:
