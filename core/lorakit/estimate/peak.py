@@ -32,6 +32,10 @@ measured on SmolLM2-135M with 512 and 1,024 tokens, with and without checkpointi
 that one leaves does not take the next of its size (malloc/malloc.c, `_int_memalign`)."""
 COMPILED_BYTES = 64 * 2**20
 """What oneDNN keeps of the products it has compiled (see `lorakit.modules.matmul`)."""
+PACKED_BYTES = 48 * 2**20
+"""What MKL keeps to pack a product's operands in: 37 to 53 MiB were counted on an Intel Xeon with
+AVX-512, by one thread as by two.  It grows with the products met, and where memory is kept for
+reuse, what it grew out of leaves holes of the same size."""
 
 
 @frozen
@@ -81,10 +85,20 @@ def estimate_peak(
     in_use, in_heap = _in_use_at_peak(step, own_pages)
     found.update(in_use)
     if own_pages:
-        found["allocator"] = int(HOLES * in_heap) + (COMPILED_BYTES if onednn_is_on() else 0)
+        kept = _kept_by_products(saves_memory=rehearsal.saves_memory)
+        found["allocator"] = int(HOLES * in_heap) + kept
     found["loading"] = max(0, rehearsal.loading - process.by_steps - found.total())
     found["process"] = process.resident
     return Estimate({part: found[part] for part in PARTS})
+
+
+def _kept_by_products(*, saves_memory: bool) -> int:
+    """Bytes that the library of matrix products takes for itself."""
+    if onednn_is_on():
+        return COMPILED_BYTES
+    if not torch.backends.mkl.is_available():
+        return 0
+    return PACKED_BYTES if saves_memory else 2 * PACKED_BYTES
 
 
 def _in_use_at_peak(step: Step, own_pages: int) -> tuple[dict[str, int], int]:
