@@ -211,8 +211,7 @@ def assemble(
         compile_blocks(base.causal_lm)
     checkpoint_blocks(base.causal_lm, mode, offload, compiled=training.compile)
     set_fused(training.fused)
-    total = sum(plan.steps(epoch) for epoch in range(training.epochs))
-    total = min(total, training.max_steps) if training.max_steps else total
+    total = sum(1 for _ in plan.first_windows(training.epochs, training.max_steps))
     notices = [n for n in (tuned, precision.notice, _optimizer_notice(recipe, device)) if n]
     if recipe.training.activation_checkpointing == AUTO:
         notices.append(f"activation checkpointing: {mode}, the fastest that fits")

@@ -132,10 +132,10 @@ def train(
                 break
             due = limits.every_steps and state.step % limits.every_steps == 0
             # The last step of an epoch is saved below, once the epoch counts as done.
-            if due and state.cursor < len(plan.micro_batches(state.epoch)):
+            if due and not plan.is_over(state.epoch, state.cursor):
                 save(state)
 
-        epoch_ended = state.cursor >= len(plan.micro_batches(state.epoch))
+        epoch_ended = plan.is_over(state.epoch, state.cursor)
         if epoch_ended:
             state.epoch, state.cursor = state.epoch + 1, 0
         save(state)

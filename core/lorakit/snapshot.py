@@ -68,5 +68,5 @@ def _fingerprint(dataset: Dataset) -> str:
     """A hash over all tokens and labels, in order."""
     digest = hashlib.sha256()
     for example in dataset.examples:
-        digest.update(json.dumps([example.ids, example.trained]).encode())
+        digest.update(json.dumps([[*example.ids], [*map(bool, example.trained)]]).encode())
     return digest.hexdigest()

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import random
+
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lorakit.data.batches import IGNORED, BatchPlan, make_batch, pack
+from lorakit.data.batches import IGNORED, OPEN_ROWS, BatchPlan, make_batch, pack
 from lorakit.data.dataset import Dataset, Report
 from lorakit.data.encode import Encoded
 
@@ -42,7 +44,7 @@ def plan_of(sizes, *, seed=0, batch_size=2, window=2, packed=False, shuffle=True
 @given(orders())
 def test_each_example_is_in_exactly_one_row_whole(drawn):
     order, sizes = drawn
-    rows = pack(order, sizes, CAPACITY)
+    rows = list(pack(order, sizes, CAPACITY))
     assert sorted(i for row in rows for i in row) == list(range(len(sizes)))
 
 
@@ -56,13 +58,13 @@ def test_no_row_is_over_its_capacity(drawn):
 @given(orders())
 def test_packing_is_deterministic(drawn):
     order, sizes = drawn
-    assert pack(order, sizes, CAPACITY) == pack(list(order), list(sizes), CAPACITY)
+    assert list(pack(order, sizes, CAPACITY)) == list(pack(list(order), list(sizes), CAPACITY))
 
 
 @given(orders())
 def test_no_row_is_opened_while_another_has_space(drawn):
     order, sizes = drawn
-    rows = pack(order, sizes, CAPACITY)
+    rows = list(pack(order, sizes, CAPACITY))
     place = {index: rank for rank, index in enumerate(order)}
     assert [place[row[0]] for row in rows] == sorted(place[row[0]] for row in rows)
     for number, row in enumerate(rows):
@@ -88,7 +90,45 @@ def test_each_example_goes_into_the_fullest_row_that_takes_it(drawn):
 
 
 def test_an_example_goes_where_it_fits_best():
-    assert pack([0, 1, 2, 3], [20, 25, 5, 10], CAPACITY) == [(0, 3), (1, 2)]
+    assert list(pack([0, 1, 2, 3], [20, 25, 5, 10], CAPACITY)) == [(0, 3), (1, 2)]
+
+
+def packed_naively(order, sizes, open_rows):
+    open_now, given_out = [], []
+    for index in order:
+        spaces = [CAPACITY - sum(sizes[i] for i in row) for row in open_now]
+        enough = [space for space in spaces if space >= sizes[index]]
+        if enough:
+            open_now[spaces.index(min(enough))].append(index)
+        else:
+            open_now.append([index])
+        while open_now and (
+            len(open_now) > open_rows or sum(sizes[i] for i in open_now[0]) == CAPACITY
+        ):
+            given_out.append(tuple(open_now.pop(0)))
+    return given_out + [tuple(row) for row in open_now]
+
+
+@given(orders(), st.integers(1, 6))
+def test_the_oldest_of_too_many_rows_is_given_out_as_it_is(drawn, open_rows):
+    order, sizes = drawn
+    found = list(pack(order, sizes, CAPACITY, open_rows))
+    assert found == packed_naively(order, sizes, open_rows)
+
+
+def test_the_first_row_is_there_long_before_the_last_example_is_asked_for():
+    taken = []
+    rows = pack((taken.append(i) or i for i in range(10_000)), [20] * 10_000, CAPACITY)
+    assert next(rows) == (0,)
+    assert len(taken) == OPEN_ROWS + 1
+
+
+def test_bounding_the_open_rows_costs_next_to_no_space():
+    chosen = random.Random(0)
+    sizes = [min(512, 1 + int(chosen.lognormvariate(4.8, 0.7))) for _ in range(30_000)]
+    bounded = sum(1 for _ in pack(range(len(sizes)), sizes, 512))
+    unbounded = sum(1 for _ in pack(range(len(sizes)), sizes, 512, len(sizes)))
+    assert bounded <= 1.002 * unbounded
 
 
 @given(lengths, st.integers(0, 5), st.integers(1, 4), st.booleans(), st.booleans())
@@ -122,12 +162,33 @@ def test_epochs_and_seeds_differ_in_their_order():
 def test_windows_from_a_cursor_are_the_rest_of_the_epoch(sizes, batch_size, window, packed, data):
     plan = plan_of(sizes, batch_size=batch_size, window=window, packed=packed)
     whole = [[b.rows for b in w] for w in plan.windows(0, 0)]
-    assert len(whole) == plan.steps(0)
+    assert len(whole) == len(list(plan.first_windows(1)))
     assert all(len(w) == window for w in whole[:-1])
     done = data.draw(st.integers(0, len(whole)))
     # As in another process, which has planned nothing yet.
     plan = plan_of(sizes, batch_size=batch_size, window=window, packed=packed)
     assert [[b.rows for b in w] for w in plan.windows(0, done * window)] == whole[done:]
+
+
+@given(lengths, st.integers(1, 4), st.integers(1, 4), st.integers(1, 3), st.integers(0, 20))
+def test_a_run_is_the_windows_of_its_epochs_as_far_as_it_goes(
+    sizes, batch_size, window, epochs, most
+):
+    plan = plan_of(sizes, batch_size=batch_size, window=window)
+    all_of_them = [[b.rows for b in w] for epoch in range(epochs) for w in plan.windows(epoch, 0)]
+    assert list(plan.first_windows(epochs, most)) == all_of_them[: most or None]
+
+
+@given(lengths, st.integers(1, 4), st.booleans(), st.data())
+def test_an_epoch_is_over_behind_its_last_window_and_not_before(sizes, window, packed, data):
+    plan = plan_of(sizes, window=window, packed=packed)
+    count = len(list(plan.micro_batches(0)))
+    cursor = data.draw(st.sampled_from([*range(0, count, window), count]))
+    for batches in plan.windows(0, cursor):
+        assert not plan.is_over(0, cursor)
+        cursor += len(batches)
+    assert cursor == count
+    assert plan.is_over(0, cursor)
 
 
 @given(lengths)

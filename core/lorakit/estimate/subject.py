@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -107,19 +108,13 @@ def largest_micro_batch(plan: BatchPlan, recipe: Recipe) -> MicroBatch:
     """The one with the most tokens among those that the run will see."""
     examples = plan.dataset.examples
     training = recipe.training
-    left = training.max_steps * plan.window if training.max_steps else None
     most: tuple[int, ...] = ()
     size = 0
-    for epoch in range(training.epochs):
-        batches = plan.micro_batches(epoch)[:left]
-        for rows in batches:
-            tokens = sum(len(examples[i]) for i in rows)
-            if tokens > size:
-                most, size = rows, tokens
-        if left is not None:
-            left -= len(batches)
-            if left <= 0:
-                break
+    windows = plan.first_windows(training.epochs, training.max_steps)
+    for rows in chain.from_iterable(windows):
+        tokens = sum(len(examples[i]) for i in rows)
+        if tokens > size:
+            most, size = rows, tokens
     return MicroBatch(
         tuple(len(examples[i]) for i in most),
         sum(examples[i].targets for i in most),
