@@ -240,11 +240,10 @@ def write_adapter(
         files: The tokenizer's files.
         origin: Where the base model came from; goes into lorakit.json.
     """
-    from safetensors.torch import save
+    from lorakit.weights.shard_writer import write_tensors
 
     with replaced_directory(directory) as folder:
-        content = save({k: v.contiguous() for k, v in tensors.items()}, metadata={"format": "pt"})
-        write_bytes(folder / TENSORS, content)
+        write_tensors(folder / TENSORS, tensors)
         write_bytes(folder / CONFIG, (json.dumps(config, indent=2) + "\n").encode())
         own = {"lorakit_version": __version__, **origin}
         write_bytes(folder / OWN, (json.dumps(own, indent=2) + "\n").encode())

@@ -154,6 +154,8 @@ def run_recipe(
             )
         )
         _fit(run, optimizer, state, store, log, progress)
+        # Its state is saved; merging needs the room.
+        del optimizer
         log.finish()
         write_results(run, progress)
         samples.after(log)

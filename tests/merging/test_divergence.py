@@ -208,7 +208,7 @@ def test_rows_end_with_their_32nd_trained_token_and_the_longest_go_first(make_ru
     # Each is the start of the row as it was trained.
     whole = [e.ids for e in resolved_dataset(run).examples]
     for document in batch.tokens.split(batch.layout.lengths):
-        assert any(ids[: len(document)] == tuple(document.tolist()) for ids in whole)
+        assert any(ids[: len(document)].tolist() == document.tolist() for ids in whole)
 
 
 def resolved_dataset(run: Path):

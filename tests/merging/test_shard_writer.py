@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from lorakit.protocols import TensorSpec
 from lorakit.weights.dtypes import torch_dtype
 from lorakit.weights.safetensors_file import read_header
-from lorakit.weights.shard_writer import ShardWriter, stored_bytes
+from lorakit.weights.shard_writer import ShardWriter, stored_bytes, write_tensors
 
 DTYPES = [
     "F64",
@@ -118,3 +118,21 @@ def test_a_file_that_would_be_wrong_is_an_error(writes, said, tmp_path):
 
     with pytest.raises(ValueError, match=said):
         write()
+
+
+@given(
+    st.dictionaries(names.filter(lambda n: n != "__metadata__"), specs, max_size=6),
+    st.randoms(use_true_random=False),
+)
+def test_a_file_of_tensors_is_one_of_pytorchs(tmp_path_factory, specs, chance):
+    path = tmp_path_factory.mktemp("tensors") / "x.safetensors"
+    generator = torch.Generator().manual_seed(0)
+    tensors = {name: random_tensor(spec, generator) for name, spec in specs.items()}
+    # As parameters are, and transposed ones.
+    tensors = {name: t.t() if t.dim() == 2 else t for name, t in tensors.items()}
+    write_tensors(path, tensors)
+    with safe_open(path, "pt") as opened:
+        assert opened.metadata() == {"format": "pt"}
+    found = load_file(path)
+    assert found.keys() == tensors.keys()
+    assert all(same(found[name], tensor) for name, tensor in tensors.items())

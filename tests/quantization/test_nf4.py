@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+from types import SimpleNamespace
 
+import bitsandbytes
 import pytest
 import torch
 import torch.nn.functional as F
@@ -14,7 +16,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lorakit.errors import UserError
-from lorakit_bitsandbytes import nf4
+from lorakit_bitsandbytes import native, nf4
 from lorakit_bitsandbytes.quantizations import BLOCK_SIZES, NF4Options, nf4_bytes
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
@@ -88,7 +90,14 @@ def test_ties_and_their_neighbours_fall_where_bitsandbytes_has_them():
     assert torch.equal(absmax, state.absmax)
 
 
-@pytest.mark.usefixtures("eager")
+@pytest.fixture(params=["kernel", "operator"])
+def dequantizing(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the native kernel where this version of bitsandbytes has it, and by the operator."""
+    if request.param == "operator":
+        monkeypatch.setattr(nf4, "dequantizer", lambda dtype: None)
+
+
+@pytest.mark.usefixtures("eager", "dequantizing")
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("double_quant", [True, False])
 @pytest.mark.parametrize("block_size", BLOCK_SIZES)
@@ -106,6 +115,32 @@ def test_dequantized_values_are_bitsandbytes(block_size, double_quant, dtype, ma
         assert torch.equal(out, expected)
 
 
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_the_native_kernel_is_used_where_its_call_is_known(dtype, monkeypatch):
+    dequantizer = native.dequantizer.__wrapped__
+    known = bitsandbytes.__version__.startswith(native.KNOWN_VERSIONS)
+    assert (dequantizer(dtype) is not None) == known
+    monkeypatch.setattr(bitsandbytes, "__version__", "0.99.0")
+    assert dequantizer(dtype) is None
+
+
+def wrong_values(packed, scales, out, *sizes):
+    pass
+
+
+def not_there(packed, scales, out, *sizes):
+    raise RuntimeError("not available in this version of bitsandbytes")
+
+
+@pytest.mark.parametrize("function", [wrong_values, not_there])
+def test_a_kernel_that_does_not_do_what_the_operator_does_is_left_alone(function, monkeypatch):
+    library = SimpleNamespace(cdequantize_blockwise_cpu_nf4_fp32=function)
+    monkeypatch.setattr(bitsandbytes.cextension, "lib", library)
+    monkeypatch.setattr(bitsandbytes, "__version__", native.KNOWN_VERSIONS[-1] + "9")
+    assert native.dequantizer.__wrapped__(torch.float32) is None
+
+
+@pytest.mark.usefixtures("dequantizing")
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("block_size", [32, 256, 4096])
 def test_rows_that_end_within_a_block_are_level_times_scale(block_size, dtype, make_layer):

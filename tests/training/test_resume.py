@@ -20,6 +20,7 @@ from lorakit.builtin.loggers import DiskLogger
 from lorakit.builtin.precisions import PlainPrecision
 from lorakit.errors import Interrupted, RunError, UserError
 from lorakit.protocols import Snapshot
+from lorakit.weights.shard_writer import ShardWriter
 
 # 21 rows in 11 micro-batches in windows of 3: 4 steps an epoch, the last window ragged.
 EPOCH = 4
@@ -327,15 +328,23 @@ def test_save_that_fails_leaves_the_checkpoint_before(
     file, recipe, tmp_path, monkeypatch, read_metrics
 ):
     reference = recipe(checkpointer={"every_steps": 3, "keep_last": 1})
-    real = snapshots.write_bytes
+    real, real_tensor = snapshots.write_bytes, ShardWriter.write
 
-    def full(path, content):
-        if path.name == file and (run_of(reference) / "checkpoints/step-00000003").exists():
-            real(path, content[: len(content) // 2])
+    def full(path):
+        return path.name == file and (run_of(reference) / "checkpoints/step-00000003").exists()
+
+    def write(path, content):
+        real(path, content[: len(content) // 2] if full(path) else content)
+        if full(path):
             raise OSError(errno.ENOSPC, "No space left on device")
-        real(path, content)
 
-    monkeypatch.setattr(snapshots, "write_bytes", full)
+    def write_tensor(writer, name, tensor):
+        real_tensor(writer, name, tensor)
+        if full(Path(writer._file.name)):
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(snapshots, "write_bytes", write)
+    monkeypatch.setattr(ShardWriter, "write", write_tensor)
     with pytest.raises(RunError, match="No space left on device"):
         lorakit.train(reference)
     monkeypatch.undo()

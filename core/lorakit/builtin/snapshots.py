@@ -37,16 +37,14 @@ class SafetensorsStore:
 
     def save(self, snapshot: Snapshot) -> Path:
         """Raises RunError if the disk does not take it."""
-        from safetensors.torch import save
+        from lorakit.weights.shard_writer import write_tensors
 
         place = self._place(snapshot.step)
         try:
             with replaced_directory(place) as folder:
-                adapter = {k: v.contiguous() for k, v in snapshot.adapter.items()}
-                tensors = {k: v.contiguous() for k, v in snapshot.tensors.items()}
-                write_bytes(folder / ADAPTER_TENSORS, save(adapter, metadata={"format": "pt"}))
+                write_tensors(folder / ADAPTER_TENSORS, snapshot.adapter)
                 write_bytes(folder / ADAPTER_CONFIG, _json(snapshot.adapter_config))
-                write_bytes(folder / TENSORS, save(tensors, metadata={"format": "pt"}))
+                write_tensors(folder / TENSORS, snapshot.tensors)
                 write_bytes(folder / STATE, _json({"step": snapshot.step, **snapshot.state}))
         except OSError as error:
             raise RunError(

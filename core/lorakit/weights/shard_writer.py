@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from lorakit.protocols import TensorSpec
-from lorakit.weights.dtypes import torch_dtype
+from lorakit.weights.dtypes import dtype_name, torch_dtype
 
 
 def stored_bytes(spec: TensorSpec) -> int:
@@ -79,7 +79,7 @@ class ShardWriter:
         if tuple(tensor.shape) != spec.shape or name not in self._missing:
             raise ValueError(f"{name} {list(tensor.shape)} is not {list(spec.shape)}, or not new")
         self._missing.remove(name)
-        flat = tensor.detach().to(_dtype(spec)).contiguous().reshape(-1)
+        flat = tensor.detach().cpu().to(_dtype(spec)).contiguous().reshape(-1)
         self._file.seek(self._data + self._starts[name])
         self._file.write(flat.view(torch.uint8).numpy().data)
 
@@ -100,3 +100,13 @@ class ShardWriter:
                     raise ValueError(f"never written: {sorted(self._missing)[:3]}")
                 self._file.flush()
                 os.fsync(self._file.fileno())
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Writes tensors as safetensors.torch.save_file does, which has all their bytes in memory a
+    second time; this has one tensor's at most."""
+    names = sorted(tensors)
+    specs = {n: TensorSpec(tuple(tensors[n].shape), dtype_name(tensors[n].dtype)) for n in names}
+    with ShardWriter(path, specs, {"format": "pt"}) as writer:
+        for name in names:
+            writer.write(name, tensors[name])

@@ -5,8 +5,9 @@ of the nearest of 16 levels, two to a byte.  Reference: Dettmers et al. 2023, ar
 
 The two conversions are bitsandbytes' wherever it has a fast one.  On a CPU it quantizes by a
 binary search for each weight, which takes minutes for a 7B model, and gives each dequantized
-weight in new memory, whose first touch costs more than the conversion; here both go through
-pieces that fit the caches, with the very same results.
+weight in new memory, whose first touch costs more than the conversion; here quantizing goes through
+pieces that fit the caches, and dequantizing writes to the buffer at hand, with the very same
+results.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 from lorakit.errors import UserError
 from lorakit.modules.frozen import StoredLinear, has_memory
 from lorakit_bitsandbytes import library
+from lorakit_bitsandbytes.native import dequantizer
 from lorakit_bitsandbytes.quantizations import NESTED_BLOCK
 
 if TYPE_CHECKING:
@@ -184,7 +186,11 @@ def _dequantize_pieces(packed: Tensor, scales: Tensor, block_size: int, out: Ten
         scales = scales.repeat_interleave(block_size // LARGEST_NATIVE_BLOCK)
         block_size = LARGEST_NATIVE_BLOCK
     flat = out.view(-1)
-    for start in range(0, len(flat), DEQUANTIZE_PIECE):
+    native, done = dequantizer(out.dtype), 0
+    if native is not None:
+        done = len(flat) - len(flat) % ROW
+        native(packed, scales, block_size, flat[:done].view(-1, ROW))
+    for start in range(done, len(flat), DEQUANTIZE_PIECE):
         target = flat[start : start + DEQUANTIZE_PIECE]
         # The native kernel wants even rows; the last byte of an odd weight has a second half.
         count = len(target) + len(target) % 2
