@@ -7,6 +7,7 @@ from typing import Any
 
 from attrs import frozen
 
+from lorakit.runtime import prefers_onednn
 from tests.bench.inputs import Inputs
 from tests.bench.targets import CANDIDATE, LONG, QLORA, chosen
 from tests.bench.trained import (
@@ -49,6 +50,10 @@ LENGTHS = (256, 512, 1024, 2048)
 MEMORY_LENGTHS = (1024, 2048, 4096, 8192)
 LIMIT_STEP, LIMIT_PRODUCTS = "limit: step", "limit: matrix products"
 SHORT_DOCUMENT = 256
+COMPILED = "compile on"
+NO_COMPILER_CACHE = "TORCHINDUCTOR_FORCE_DISABLE_CACHES"
+BY_ONEDNN = ("onednn", "blockwise")
+"""What there is to leave out only where oneDNN is the library of choice."""
 
 
 def best(results: Mapping[str, Any]) -> Setting:
@@ -137,12 +142,14 @@ def ablation(inputs: Inputs, steps: int, results: Mapping[str, Any]) -> Iterator
         "long documents by torch's kernel too": base.but(without="blockwise"),
         "products by torch's default library": base.but(without="onednn"),
         "process settings off (LORAKIT_TUNE=0)": base.but(env={"LORAKIT_TUNE": "0"}),
-        "compile on": base.but(training={"compile": True}),
+        COMPILED: base.but(training={"compile": True}, env={NO_COMPILER_CACHE: "1"}),
         "checkpointing off": base.but(training={"activation_checkpointing": False}),
         "checkpointing selective": base.but(training={"activation_checkpointing": "selective"}),
         "checkpointing on": base.but(training={"activation_checkpointing": True}),
     }.items():
         if name != "all on" and setting == base:
+            continue
+        if setting.without in BY_ONEDNN and not prefers_onednn():
             continue
         yield Variant(
             f"ablation: {name}",

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from tests.bench.parts import LENGTHS, LIMIT_PRODUCTS, LIMIT_STEP, MEMORY_LENGTHS
+from tests.bench.parts import COMPILED, LENGTHS, LIMIT_PRODUCTS, LIMIT_STEP, MEMORY_LENGTHS
 from tests.bench.processes import ROOT
 from tests.bench.results import (
     rates,
@@ -227,7 +227,14 @@ def ablation(results: Results) -> Iterator[str]:
         else:
             row += ["", ""]
         rows.append(row)
-    return table((*RUN_HEADS, "tokens/s", "memory"), rows)
+    yield from table((*RUN_HEADS, "tokens/s", "memory"), rows)
+    compiled = runs.get(f"ablation: {COMPILED}", {})
+    if "steps" in compiled and "steps" in whole:
+        first, usual = (run["steps"][0]["seconds"] for run in (compiled, whole))
+        yield (
+            f"\nWith `training.compile`, from a cold cache, the first step took {first:.1f} s; "
+            f"without, {usual:.1f} s."
+        )
 
 
 def scaling(results: Results) -> Iterator[str]:

@@ -67,6 +67,7 @@ def test_won_and_lost_are_told_apart(found):
     assert "| TRL nf4, padded batches of 4 | failed: killed / KILL |" in text
     assert "That is 75% of the limit (target: at least 70%): met." in text
     assert "| compile on | 416.7 | 333.3 to 500.0 | 1,000 | 50% | 3.00 | 2.00 x | 1.50 x |" in text
+    assert "from a cold cache, the first step took 100.0 s; without, 200.0 s." in text
     assert "takes 25.0% more time than one with LoRA (target: under 10%): **not met**" in text
     assert "5.50 s (runs: 7.00, 5.00, 5.50; target: under 6 s): met" in text
     assert "The slowest is 0% above the fastest (target: within 20%): met" in text
@@ -92,12 +93,12 @@ def test_the_setting_that_meets_most_is_chosen_then_the_fastest(found):
 def test_only_what_is_between_the_marks_is_replaced(found, tmp_path):
     pytest.importorskip("matplotlib")
     page = tmp_path / "performance.md"
-    page.write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n")
+    page.write_text(f"before\n{report.BEGIN}\nstale\n{report.END}\nafter\n")
     report.write(found, page)
     once = page.read_text()
     assert once.startswith("before\n")
     assert once.endswith("\nafter\n")
-    assert "old" not in once
+    assert "stale" not in once
     images = re.findall(r"!\[.*\]\((.+)\)", once)
     assert len(images) == 3
     drawings = [(tmp_path / image).read_bytes() for image in images]
