@@ -37,7 +37,7 @@ from lorakit.run_directory import (
     free_output,
     write_recipe,
 )
-from lorakit.runtime import is_wide, tune_process
+from lorakit.runtime import is_large, tune_process
 from lorakit.samples import Samples
 from lorakit.schedule import lr_factor
 from lorakit.serving import serving_advice
@@ -185,7 +185,7 @@ def assemble(
     _check_ids(dataset, int(base.causal_lm.lm_head.out_features), recipe.model.options.path)
     plan = batch_plan(recipe, dataset)
     training = _with_mode(recipe, base, plan, device, precision).training
-    gives_back = training.saves_memory and is_wide(base.checkpoint.config)
+    gives_back = training.saves_memory and _is_large(base, plan, recipe)
     tuned = tune_process(device, save_memory=gives_back)
     if check_memory:
         from lorakit.estimate.check import check_that_it_fits
@@ -265,6 +265,12 @@ def _with_mode(
 
     largest = largest_micro_batch(plan, recipe)
     return with_checkpointing_chosen(recipe, base.checkpoint, largest, device, precision)
+
+
+def _is_large(base: BaseModel, plan: BatchPlan, recipe: Recipe) -> bool:
+    from lorakit.estimate.subject import largest_micro_batch
+
+    return is_large(base.checkpoint.config, largest_micro_batch(plan, recipe).tokens)
 
 
 def _optimizer_notice(recipe: Recipe, device: torch.device) -> str | None:

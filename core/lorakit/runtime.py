@@ -5,11 +5,12 @@ and faulted in again when the next one is made: 15 to 26% of a CPU run's time.  
 thresholds of malloc keeps that memory in the process.  On AMD processors with AVX-512, oneDNN
 computes the products that MKL is slow at: see `lorakit.modules.matmul`.
 
-What is kept is cut up, though: 40% more than is in use, and 0.9 GB in a 7B model's run.  A run
-that saves memory at the cost of time, by activation checkpointing, therefore gives tensors pages of
-their own, unless the model is narrow: the time that takes is as the bytes of the activations, and
-the products' is as the bytes times the width.  At D = 576 it was half of the run's, to save a
-tenth of its memory.
+What is kept is cut up, though: 40% more than is in use, 0.9 GB in a 7B model's run, and half of
+what a document of 4,096 tokens takes at D = 576.  A run that saves memory at the cost of time, by
+activation checkpointing, therefore gives tensors pages of their own, unless the model is narrow and
+its micro-batches are short: the time that takes is as the bytes of the activations, and the
+products' is as the bytes times the width.  At D = 576 it was a quarter to half of the run's for 512
+tokens, to save a tenth of its memory, and for 2,048 tokens a sixth, to save a third.
 
 LORAKIT_TUNE=0 leaves the process as it is; of what an earlier run in it has set, products go back
 to the library that torch takes, malloc and denormals stay as set.
@@ -34,6 +35,8 @@ OWN_PAGES_BYTES = 2**20
 GIVE_BACK_BYTES = 2**17
 WIDE = 2048
 """Hidden width from which on giving memory back costs little time."""
+LONG = 2048
+"""Tokens of a micro-batch from which on it saves much memory."""
 KEPT_PRODUCTS = 256
 """Products that oneDNN keeps compiled, 0.4 MB each; a step has some 40, and a new one takes half a
 millisecond.  Its own limit is 1024."""
@@ -70,9 +73,10 @@ def tune_process(device: torch.device, *, save_memory: bool = False) -> str | No
     return f"process: {', '.join(done)} (LORAKIT_TUNE=0 turns this off)"
 
 
-def is_wide(config: Mapping[str, Any]) -> bool:
-    """Whether the model of this config.json is wide enough to give memory back."""
-    return int(config.get("hidden_size") or 0) >= WIDE
+def is_large(config: Mapping[str, Any], tokens: int) -> bool:
+    """Whether a run that saves memory gives it back: the model of this config.json is wide, or its
+    largest micro-batch of so many tokens long."""
+    return int(config.get("hidden_size") or 0) >= WIDE or tokens >= LONG
 
 
 @contextmanager

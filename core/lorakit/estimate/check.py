@@ -23,7 +23,7 @@ from lorakit.options import AUTO, CHECKPOINTING_MODES
 from lorakit.progress import TerminalProgress
 from lorakit.protocols import BaseCheckpoint, Precision
 from lorakit.recipes import Recipe
-from lorakit.runtime import is_wide, tune_process
+from lorakit.runtime import is_large, tune_process
 
 GENEROUS = 8
 """Times what a linear layer reads and writes: more than any training keeps of it."""
@@ -107,10 +107,11 @@ def estimate_recipe(
     device = resolve_device(recipe.run.device)
     precision = recipe.precision.record.resolve(device, recipe.precision.options)
     base = open_shapes(recipe, progress)
-    tune_process(device, save_memory=recipe.training.saves_memory and is_wide(base.config))
     batch = measured_micro_batch(recipe, base, progress) if use_data else None
     batch = batch or worst_micro_batch(recipe)
     recipe = with_checkpointing_chosen(recipe, base, batch, device, precision)
+    gives_back = recipe.training.saves_memory and is_large(base.config, batch.tokens)
+    tune_process(device, save_memory=gives_back)
     known: dict[str, Any] = {"device": device, "precision": precision, "room": room_on(device)}
     report = report_on(recipe, base, batch, **known)
     rows = compare(recipe, base, batch, limits=False, **known) if comparison else []

@@ -81,24 +81,25 @@ def estimate_peak(
     found = Counter(rehearsal.weights)
     found["optimizer"] = rehearsal.optimizer
     found["buffers"] = step.buffers
-    own_pages = own_pages_from(device, save_memory=rehearsal.saves_memory)
+    gives_back = rehearsal.gives_back(batch)
+    own_pages = own_pages_from(device, save_memory=gives_back)
     in_use, in_heap = _in_use_at_peak(step, own_pages)
     found.update(in_use)
     if own_pages:
-        kept = _kept_by_products(saves_memory=rehearsal.saves_memory)
+        kept = _kept_by_products(save_memory=gives_back)
         found["allocator"] = int(HOLES * in_heap) + kept
     found["loading"] = max(0, rehearsal.loading - process.by_steps - found.total())
     found["process"] = process.resident
     return Estimate({part: found[part] for part in PARTS})
 
 
-def _kept_by_products(*, saves_memory: bool) -> int:
+def _kept_by_products(*, save_memory: bool) -> int:
     """Bytes that the library of matrix products takes for itself."""
     if onednn_is_on():
         return COMPILED_BYTES
     if not torch.backends.mkl.is_available():
         return 0
-    return PACKED_BYTES if saves_memory else 2 * PACKED_BYTES
+    return PACKED_BYTES if save_memory else 2 * PACKED_BYTES
 
 
 def _in_use_at_peak(step: Step, own_pages: int) -> tuple[dict[str, int], int]:

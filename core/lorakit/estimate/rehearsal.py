@@ -30,7 +30,7 @@ from lorakit.modules.low_rank import set_fused
 from lorakit.progress import SilentProgress
 from lorakit.protocols import BaseCheckpoint, CausalLM, Precision, TensorSpec
 from lorakit.recipes import Recipe
-from lorakit.runtime import is_wide
+from lorakit.runtime import is_large
 from lorakit.scratch import fakes_kept
 from lorakit.weights.dtypes import torch_dtype
 
@@ -81,13 +81,13 @@ class Rehearsal:
         weights: Bytes by part: of the base's blocks, of embeddings and head, of the adapter.
         optimizer: Bytes of the optimizer's state.
         loading: The most bytes in use while the weights are loaded.
-        saves_memory: The process gives memory back, see `lorakit.runtime`.
     """
 
     def __init__(
         self, recipe: Recipe, checkpoint: BaseCheckpoint, device: torch.device, precision: Precision
     ) -> None:
         self._recipe, self._device, self._precision = recipe, device, precision
+        self._config = checkpoint.config
         # Some families keep small tensors with values, such as rotary frequencies.
         self._mode = FakeTensorMode(allow_non_fake_inputs=True)
         family = recipe.model.record
@@ -109,9 +109,13 @@ class Rehearsal:
         model.train()
         checkpoint_blocks(cast(CausalLM, model), str(recipe.training.activation_checkpointing))
         self.model = model
-        self.saves_memory = recipe.training.saves_memory and is_wide(checkpoint.config)
         self.weights = _weight_bytes(model)
         self.optimizer = sum(self._state_bytes(p) for p in trainable_parameters(model))
+
+    def gives_back(self, batch: MicroBatch) -> bool:
+        """Whether the process gives memory back, see `lorakit.runtime`."""
+        saves = self._recipe.training.saves_memory
+        return saves and is_large(self._config, batch.tokens)
 
     def step(self, batch: MicroBatch) -> Step:
         """One optimizer step of micro-batches of this size."""
