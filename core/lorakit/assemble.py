@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from contextlib import ExitStack
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from attrs import evolve, frozen
@@ -44,6 +44,9 @@ from lorakit.serving import serving_advice
 from lorakit.snapshot import restore_snapshot, take_snapshot
 from lorakit.state import TrainState
 from lorakit.trained import load_start
+
+if TYPE_CHECKING:
+    from lorakit.estimate.rehearsal import MicroBatch
 from lorakit.weights.base import base_name
 
 
@@ -184,14 +187,15 @@ def assemble(
     dataset = load_dataset(recipe.data.record, data, tokenizer, progress)
     _check_ids(dataset, int(base.causal_lm.lm_head.out_features), recipe.model.options.path)
     plan = batch_plan(recipe, dataset)
-    training = _with_mode(recipe, base, plan, device, precision).training
-    gives_back = training.saves_memory and _is_large(base, plan, recipe)
+    largest = _largest_micro_batch(plan, recipe)
+    training = _with_mode(recipe, base, largest, device, precision).training
+    gives_back = training.saves_memory and is_large(base.checkpoint.config, largest.tokens)
     tuned = tune_process(device, save_memory=gives_back)
     if check_memory:
         from lorakit.estimate.check import check_that_it_fits
 
         sized = evolve(recipe, training=training)
-        check_that_it_fits(sized, base.checkpoint, plan, device, precision)
+        check_that_it_fits(sized, base.checkpoint, largest, device, precision)
     if weights:
         load_weights(
             base,
@@ -256,21 +260,24 @@ def batch_plan(recipe: Recipe, dataset: Dataset) -> BatchPlan:
 
 
 def _with_mode(
-    recipe: Recipe, base: BaseModel, plan: BatchPlan, device: torch.device, precision: Precision
+    recipe: Recipe,
+    base: BaseModel,
+    largest: MicroBatch,
+    device: torch.device,
+    precision: Precision,
 ) -> Recipe:
     if recipe.training.activation_checkpointing != AUTO:
         return recipe
     from lorakit.estimate.check import with_checkpointing_chosen
-    from lorakit.estimate.subject import largest_micro_batch
 
-    largest = largest_micro_batch(plan, recipe)
     return with_checkpointing_chosen(recipe, base.checkpoint, largest, device, precision)
 
 
-def _is_large(base: BaseModel, plan: BatchPlan, recipe: Recipe) -> bool:
+def _largest_micro_batch(plan: BatchPlan, recipe: Recipe) -> MicroBatch:
+    # The estimate assembles recipes too: imported when both are there.
     from lorakit.estimate.subject import largest_micro_batch
 
-    return is_large(base.checkpoint.config, largest_micro_batch(plan, recipe).tokens)
+    return largest_micro_batch(plan, recipe)
 
 
 def _optimizer_notice(recipe: Recipe, device: torch.device) -> str | None:

@@ -105,10 +105,11 @@ class BatchPlan:
     def micro_batches(self, epoch: int) -> Iterator[tuple[int, ...]]:
         """Example indices of each micro-batch of that epoch (counted from 0), one by one: the
         first is there before the epoch has been gone through."""
-        rows: Iterator[tuple[int, ...]] = ((i,) for i in self._order(epoch))
+        order = self._order(epoch)
+        rows: Iterator[tuple[int, ...]] = ((i,) for i in order)
         if self.packed_length:
             lengths = [len(e) for e in self.dataset.examples]
-            rows = pack(self._order(epoch), lengths, self.packed_length)
+            rows = pack(order, lengths, self.packed_length)
         for group in _groups(rows, self.batch_size):
             yield tuple(i for row in group for i in row)
 

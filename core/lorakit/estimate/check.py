@@ -8,13 +8,11 @@ import torch
 from torch import nn
 
 from lorakit.base_model import build_on_meta, resolve_device
-from lorakit.data.batches import BatchPlan
 from lorakit.errors import UserError
 from lorakit.estimate.rehearsal import MicroBatch, with_checkpointing
 from lorakit.estimate.report import Report, compare, report_on, table
 from lorakit.estimate.room import room_on
 from lorakit.estimate.subject import (
-    largest_micro_batch,
     measured_micro_batch,
     open_shapes,
     worst_micro_batch,
@@ -33,17 +31,17 @@ SPARE = 2**30
 def check_that_it_fits(
     recipe: Recipe,
     base: BaseCheckpoint,
-    plan: BatchPlan,
+    batch: MicroBatch,
     device: torch.device,
     precision: Precision,
 ) -> None:
-    """Refuses a run whose peak is more than the device has.
+    """Refuses a run whose peak, with `batch` as its largest micro-batch, is more than the device
+    has.
 
     Raises:
         UserError: With the estimate's table.
     """
     room = room_on(device)
-    batch = largest_micro_batch(plan, recipe)
     if room is None or _surely_fits(recipe, base, batch.tokens, room.available):
         return
     report = report_on(
