@@ -60,11 +60,12 @@ def compilation_told(optimizer: torch.optim.Optimizer, log: LoggerGroup) -> Iter
 
     spent, since = 0.0, 0.0
 
-    def start(_: Any) -> None:
+    # Before torch 2.7 they are given nothing.
+    def start(*_: Any) -> None:
         nonlocal since
         since = time.perf_counter()
 
-    def end(_: Any) -> None:
+    def end(*_: Any) -> None:
         nonlocal spent
         spent += time.perf_counter() - since
 

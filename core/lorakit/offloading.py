@@ -79,12 +79,17 @@ class ActivationOffload:
         """A context in which saved tensors are offloaded."""
         return torch.autograd.graph.saved_tensors_hooks(self.pack, self.unpack)
 
-    def pack(self, tensor: Tensor) -> _Kept:
+    def pack(self, tensor: Tensor) -> _Kept | Tensor:
+        if not tensor.numel():
+            # torch's checkpointing saves one for each block, in 2.6.
+            return tensor.detach()
         kept = _Kept(self.copies.out(tensor), self._last)
         self._last = weakref.ref(kept)
         return kept
 
-    def unpack(self, kept: _Kept) -> Tensor:
+    def unpack(self, kept: _Kept | Tensor) -> Tensor:
+        if isinstance(kept, Tensor):
+            return kept
         self._start(kept)
         tensor = self.copies.finish_back(kept.under_way)
         kept.under_way = None

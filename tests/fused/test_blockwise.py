@@ -51,6 +51,8 @@ def test_documents_of_both_kinds_in_one_row(monkeypatch):
     monkeypatch.setattr(flash, "attend", watched)
     lengths = (5, 40, 29, 31)
     inputs = [torch.randn(sum(lengths), n, 8, requires_grad=True) for n in (4, 2, 2)]
+    if not flash.has_flash(*inputs[:2]):
+        pytest.skip("this torch's kernel has no query heads that share a key head")
     out = flash.flash_documents(*inputs, lengths, None)
     dout = torch.randn(out.shape)
     found = torch.autograd.grad(out, inputs, dout)

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from lorakit.modules import blockwise, matmul
+from lorakit.modules.flash import has_flash
 from lorakit.modules.low_rank import plain_path
 
 
@@ -68,6 +69,8 @@ def saved_bytes(model: torch.nn.Module, batch) -> int:
 
 @pytest.mark.parametrize("model_type", ["llama", "gemma", "phi3", "qwen2", "qwen3"])
 def test_keeps_less_than_plain_autograd(model_type, make_model, make_batch):
+    if not has_flash(torch.empty(1, 2, 8), torch.empty(1, 1, 8)):
+        pytest.skip("this torch's attention repeats what query heads share, and keeps it")
     model = make_model(model_type)
     fast = saved_bytes(model, make_batch())
     with plain_path():

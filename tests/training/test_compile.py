@@ -12,6 +12,7 @@ import lorakit
 from lorakit import assemble, compilation
 from lorakit.errors import RunError, UserError
 from lorakit.modules import attention
+from lorakit.modules.flash import has_flash
 
 STEPS = {"max_steps": 3, "batch_size": 2, "gradient_accumulation_steps": 2}
 LOGGERS = [{"name": "terminal"}, {"name": "disk"}]
@@ -70,6 +71,8 @@ def test_losses_are_those_without_under_checkpointing(mode, assert_same_losses):
 
 @pytest.mark.usefixtures("traced_only")
 def test_other_lengths_are_not_compiled_anew(train_run, make_rows, monkeypatch):
+    if not has_flash(torch.empty(1, 2, 8), torch.empty(1, 1, 8)):
+        pytest.skip("this torch's kernel has no query heads that share a key head")
     documents, frames = set(), []
     real = attention.flash_documents
 

@@ -28,6 +28,8 @@ def write(path: Path, entries: dict[str, Any], data: bytes, pad: int = 0) -> Pat
 
 @pytest.mark.parametrize("name", NAMES)
 def test_every_dtype(name: str, tmp_path: Path) -> None:
+    if name == "F8_E8M0" and not hasattr(torch, "float8_e8m0fnu"):
+        pytest.skip("this torch has no such dtype")
     dtype = torch_dtype(name)
     assert dtype is not None
     assert dtype_name(dtype) == name
