@@ -100,7 +100,9 @@ def randomize(model, step=1.0):
 
 
 def hugging_face(path):
-    return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+    # Older releases take SDPA, which knows no soft-cap.
+    settings = {"dtype": torch.float32, "attn_implementation": "eager"}
+    return AutoModelForCausalLM.from_pretrained(path, **settings).eval()
 
 
 @torch.no_grad()

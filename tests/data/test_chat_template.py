@@ -111,6 +111,8 @@ def test_the_date_is_today():
 
 
 def test_messages_keep_what_templates_look_at():
+    # Older ones hand other names of the reasoning to the template.
+    pytest.importorskip("transformers", minversion="5.24")
     call = {"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}
     messages = [
         {"role": "user", "content": "a", "name": "Ann"},

@@ -87,7 +87,7 @@ def test_a_layer_that_cannot_say_what_it_computes_is_called_as_it_is(
         def __init__(self, base: torch.nn.Linear) -> None:
             super().__init__()
             self.base = base
-            self.gain = torch.nn.Parameter(torch.tensor(2.0))
+            self.gain = torch.nn.Parameter(torch.full((len(base.weight),), 2.0))
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return self.base(x) * self.gain

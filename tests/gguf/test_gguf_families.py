@@ -156,7 +156,9 @@ CASES = {
 
 def make(case: Case) -> Any:
     config = transformers.AutoConfig.for_model(case.model_type, **{**SMALL, **case.config})
-    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    # Older releases take SDPA, which knows no soft-cap.
+    eager = {"attn_implementation": "eager"}
+    model = transformers.AutoModelForCausalLM.from_config(config, **eager).eval()
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -231,7 +233,8 @@ def test_tensors_and_config(case: Case, tmp_path: Path) -> None:
 
     settings = {k: v for k, v in checkpoint.config.items() if k != "model_type"}
     config = transformers.AutoConfig.for_model(case.model_type, **settings)
-    again = transformers.AutoModelForCausalLM.from_config(config).eval()
+    eager = {"attn_implementation": "eager"}
+    again = transformers.AutoModelForCausalLM.from_config(config, **eager).eval()
     again.load_state_dict(found, strict=not config.tie_word_embeddings)
     tokens = torch.randint(0, 320, (1, 40), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
