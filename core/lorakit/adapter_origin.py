@@ -14,8 +14,9 @@ from lorakit.catalog import Catalog
 from lorakit.data.tokenizer import Tokenizer, load_tokenizer
 from lorakit.errors import UserError
 from lorakit.protocols import Progress
+from lorakit.recipe_files import CHECKPOINTS
 from lorakit.recipes import Section, read_section
-from lorakit.run_directory import ADAPTER, CHECKPOINTS, RECIPE
+from lorakit.run_directory import ADAPTER, RECIPE
 from lorakit.weights.base import fetch_base
 
 

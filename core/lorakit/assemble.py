@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
@@ -33,8 +34,10 @@ from lorakit.run_directory import (
     MERGED,
     PROFILE,
     RECIPE,
+    check_not_over,
     check_resumable,
     free_output,
+    occupied,
     write_recipe,
 )
 from lorakit.runtime import is_large, tune_process
@@ -126,14 +129,28 @@ def run_recipe(
         RunError: The run failed.
         Interrupted: A signal stopped it; it was saved.
     """
-    store = _open_store(recipe)
+    recipe, notices = _with_output(recipe, resume=resume, fixed=fixed_output)
+    with occupied(recipe.output):
+        return _run(recipe, notices, resume=resume, check_memory=check_memory)
+
+
+def _with_output(recipe: Recipe, *, resume: bool, fixed: bool) -> tuple[Recipe, list[str]]:
+    """The recipe with the directory it goes to, and what the user should know of that."""
     if resume:
-        check_resumable(recipe, store)
-    else:
-        recipe = recipe.with_output(free_output(recipe.output, fixed_output))
-        store = _open_store(recipe)
+        check_resumable(recipe, _open_store(recipe))
+        return recipe, []
+    output = free_output(recipe.output, fixed)
+    if output == recipe.output:
+        return recipe, []
+    notice = f"output: {recipe.output} holds a run already (--resume continues it); using {output}"
+    return recipe.with_output(output), [notice]
+
+
+def _run(recipe: Recipe, notices: Sequence[str], *, resume: bool, check_memory: bool) -> Result:
+    store = _open_store(recipe)
     progress = TerminalProgress()
     run = assemble(recipe, progress, check_memory=check_memory)
+    run.notices.extend(notices)
     state = TrainState()
     optimizer = build_optimizer(
         recipe.optimizer.record,
@@ -142,6 +159,7 @@ def run_recipe(
     )
     if resume and store.steps():
         restore_snapshot(run, optimizer, state, store.load(store.steps()[-1]))
+        check_not_over(state.step, run.total_steps)
     write_recipe(recipe)
 
     with LoggerGroup.open(recipe.loggers, recipe.output) as log:
@@ -362,10 +380,11 @@ def _fit(
         )
 
 
-def dry_run(recipe: Recipe) -> list[str]:
+def dry_run(recipe: Recipe, *, resume: bool = False, fixed_output: bool = False) -> list[str]:
     """Everything a run does before it loads weights; what it found, a line each.
 
     Raises:
         UserError: As `run_recipe` would.
     """
-    return describe(assemble(recipe, TerminalProgress(), weights=False))
+    recipe, notices = _with_output(recipe, resume=resume, fixed=fixed_output)
+    return describe(assemble(recipe, TerminalProgress(), weights=False)) + notices

@@ -14,6 +14,9 @@ from attrs import frozen
 from lorakit.errors import UserError, did_you_mean, listing
 
 PACKED_NAME = "recipes.toml"
+RUN_RECIPE = "recipe.toml"
+"""A run directory's own recipe."""
+CHECKPOINTS = "checkpoints"
 
 
 @frozen
@@ -155,8 +158,22 @@ def parse_recipes(label: str, text: str) -> RecipeFile:
     return RecipeFile(label, text, tables)
 
 
+def run_of(file: RecipeFile, name: str) -> Path | None:
+    """The run directory whose own recipe this is: where it lies now, wherever it was made."""
+    path = Path(file.label)
+    made_in = file.tables[name].get("output") if name in file.tables else None
+    if path.name != RUN_RECIPE or not (path.parent / CHECKPOINTS).is_dir():
+        return None
+    # A run's recipe has absolute paths, as a user's beside some checkpoints would not.
+    return path.parent if isinstance(made_in, str) and Path(made_in).is_absolute() else None
+
+
 def find_recipe(reference: str) -> tuple[RecipeFile, str]:
-    """`FILE.toml:NAME`, `NAME` of a packed recipe, or `FILE.toml` with a single recipe in it."""
+    """`FILE.toml:NAME`, `NAME` of a packed recipe, `FILE.toml` with a single recipe in it, or a run
+    directory."""
+    run = Path(reference)
+    if run.is_dir() and (run / RUN_RECIPE).is_file():
+        reference = str(run / RUN_RECIPE)
     # A Windows drive ("C:\x.toml") has a colon too: only what follows ".toml:" is a name.
     match = re.fullmatch(r"(.+\.toml):([^:]*)", reference)
     if match and match[2]:

@@ -15,7 +15,7 @@ from attrs.validators import ge, matches_re, min_len
 from lorakit.catalog import KINDS, Catalog, load_catalog
 from lorakit.errors import RecipeError, UserError, did_you_mean, listing
 from lorakit.options import SampleOptions, ScheduleOptions, TrainingOptions
-from lorakit.recipe_files import RecipeFile, deep_merge, find_recipe
+from lorakit.recipe_files import RecipeFile, deep_merge, find_recipe, run_of
 from lorakit.records import Offer
 from lorakit.structuring import describe_value, structure, unstructure
 
@@ -156,6 +156,9 @@ def resolve_recipe(
     """
     file, name = find_recipe(reference)
     table = file.merged(name)
+    run = run_of(file, name)
+    if run is not None:
+        table["output"] = os.fspath(run)
     for key, value in (overrides or {}).items():
         table = deep_merge(table, _nested(key, value))
     if output is not None:

@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import tomli
+from filelock import FileLock, Timeout
 
 from lorakit.atomic import write_file
-from lorakit.errors import RecipeError, UserError
+from lorakit.errors import RecipeError, UserError, listing
 from lorakit.local_paths import with_absolute_paths
 from lorakit.protocols import SnapshotStore
+from lorakit.recipe_files import CHECKPOINTS, RUN_RECIPE
 from lorakit.recipes import Recipe
 
-RECIPE = "recipe.toml"
+RECIPE = RUN_RECIPE
+LOCK = ".lock"
 ADAPTER = "adapter"
 MERGED = "merged"
-CHECKPOINTS = "checkpoints"
 PROFILE = "profile"
 
 FIXED = (
@@ -58,8 +61,10 @@ def free_output(output: Path, fixed: bool) -> Path:
             f"output: {output} cannot be made: {place} {what}", "Name another --output."
         )
     if not holds_run(output):
+        _refuse_foreign(output)
         return output
     if fixed:
+        _refuse_in_use(output)
         raise UserError(
             f"output: {output} holds a run already",
             "Continue it with --resume, or name another --output.",
@@ -68,6 +73,69 @@ def free_output(output: Path, fixed: bool) -> Path:
     while holds_run(output.with_name(f"{output.name}-{number}")):
         number += 1
     return output.with_name(f"{output.name}-{number}")
+
+
+def _refuse_foreign(output: Path) -> None:
+    """What lies there and is of no run would be mixed with this one's files."""
+    if (output / RECIPE).exists() or not output.exists():
+        return
+    found = sorted(p.name for p in output.iterdir() if not p.name.startswith("."))
+    if found:
+        raise UserError(
+            f"output: {output} is not empty and holds no run: there is {listing(found)}",
+            "Name another --output.",
+        )
+
+
+@contextmanager
+def occupied(output: Path) -> Iterator[None]:
+    """Keeps other processes from training in a directory while this one does.
+
+    The operating system lets go of the lock when the process ends, however it ends.
+
+    Raises:
+        UserError: Another one does.
+    """
+    made = not output.exists()
+    lock = FileLock(output / LOCK, timeout=0)
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        lock.acquire()
+    except Timeout:
+        raise UserError(
+            f"output: {output} is in use by another lorakit process",
+            "Wait for it to end, or name another --output.",
+        ) from None
+    except OSError as error:
+        raise UserError(
+            f"output: {output} cannot be written to: {error}", "Name another --output."
+        ) from None
+    try:
+        yield
+    finally:
+        # While it is held: another process might have it by the time it is released.
+        with suppress(OSError):
+            (output / LOCK).unlink(missing_ok=True)
+        lock.release()
+        if made and not any(output.iterdir()):
+            output.rmdir()
+
+
+def _in_use(output: Path) -> bool:
+    if not (output / LOCK).exists():
+        return False
+    lock = FileLock(output / LOCK, timeout=0)
+    try:
+        lock.acquire()
+    except Timeout:
+        return True
+    lock.release()
+    return False
+
+
+def _refuse_in_use(output: Path) -> None:
+    with occupied(output):
+        pass
 
 
 def write_recipe(recipe: Recipe) -> None:
@@ -86,8 +154,9 @@ def write_recipe(recipe: Recipe) -> None:
 
 
 def holds_run(output: Path) -> bool:
-    """Whether a run left something there that would be a loss."""
-    return any((output / part).exists() for part in (CHECKPOINTS, ADAPTER, MERGED))
+    """Whether a run left something there that would be a loss, or is under way."""
+    left = any((output / part).exists() for part in (CHECKPOINTS, ADAPTER, MERGED))
+    return left or _in_use(output)
 
 
 def check_resumable(recipe: Recipe, store: SnapshotStore) -> None:
@@ -118,6 +187,19 @@ def check_resumable(recipe: Recipe, store: SnapshotStore) -> None:
     ]
     if problems:
         raise RecipeError(f"--resume {recipe.output}", problems)
+
+
+def check_not_over(step: int, total_steps: int) -> None:
+    """Refuses to continue a run to an end that it has passed.
+
+    Raises:
+        UserError: It has.
+    """
+    if total_steps < step:
+        raise UserError(
+            f"--resume: the run has done {step} steps, and the recipe now ends after {total_steps}",
+            "Set training.max_steps or training.epochs to at least what is done.",
+        )
 
 
 def differences(before: Any, after: Any, key: str) -> list[tuple[str, Any, Any]]:

@@ -32,7 +32,10 @@ class Samples:
         if not self.options.prompts:
             return
         known = self._known() if resumed else None
-        if known is None:
+        if known is None and resumed:
+            # The base model is there no more.
+            known = [""] * len(self.options.prompts)
+        elif known is None:
             log.notice(f"answering {len(self.options.prompts)} questions before training")
             known = self._answers()
             self._write(known, [])
@@ -45,7 +48,8 @@ class Samples:
         after = self._answers()
         self._write(self._before, after)
         for prompt, old, new in zip(self.options.prompts, self._before, after, strict=True):
-            log.notice(f"\nQ       {prompt}\nbefore  {_indented(old)}\nafter   {_indented(new)}")
+            before = f"before  {_indented(old)}\n" if old else ""
+            log.notice(f"\nQ       {prompt}\n{before}after   {_indented(new)}")
         log.notice("")
 
     def _answers(self) -> list[str]:

@@ -42,7 +42,7 @@ def train(
 
     if dry_run:
         click.echo(resolved.text(), nl=False)
-        for line in run_dry(resolved):
+        for line in run_dry(resolved, resume=resume, fixed_output=output is not None):
             click.echo(line)
         return
     run_recipe(
