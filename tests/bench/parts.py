@@ -157,6 +157,11 @@ def ablation(inputs: Inputs, steps: int, results: Mapping[str, Any]) -> Iterator
         )
 
 
+def rows_together(tokens: int) -> str:
+    """The run whose micro-batches hold as many rows as the longest of `LENGTHS` holds tokens."""
+    return f"time: {LENGTHS[-1] // tokens} rows of {tokens:,} tokens"
+
+
 def scaling(inputs: Inputs, steps: int, results: Mapping[str, Any]) -> Iterator[Variant]:
     rows, base = inputs.short_rows(SHORT_DOCUMENT), best(results)
     for tokens in LENGTHS:
@@ -169,6 +174,15 @@ def scaling(inputs: Inputs, steps: int, results: Mapping[str, Any]) -> Iterator[
         yield Variant(
             f"time: {tokens:,} tokens a row",
             lambda s=setting, n=count: train_lorakit(s, inputs, rows=rows, steps=n),
+        )
+    for tokens in LENGTHS[:-1]:
+        setting = base.but(
+            data={"packed": True, "max_seq_len": tokens},
+            training={"gradient_accumulation_steps": 1, "batch_size": LENGTHS[-1] // tokens},
+        )
+        yield Variant(
+            rows_together(tokens),
+            lambda s=setting: train_lorakit(s, inputs, rows=rows, steps=steps),
         )
     for tokens in MEMORY_LENGTHS:
         setting = packed(tokens, True)

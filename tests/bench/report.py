@@ -7,7 +7,14 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from tests.bench.parts import COMPILED, LENGTHS, LIMIT_PRODUCTS, LIMIT_STEP, MEMORY_LENGTHS
+from tests.bench.parts import (
+    COMPILED,
+    LENGTHS,
+    LIMIT_PRODUCTS,
+    LIMIT_STEP,
+    MEMORY_LENGTHS,
+    rows_together,
+)
 from tests.bench.processes import ROOT
 from tests.bench.results import (
     rates,
@@ -238,15 +245,26 @@ def ablation(results: Results) -> Iterator[str]:
 
 
 def scaling(results: Results) -> Iterator[str]:
-    times = time_curve(results)
+    times, together = time_curve(results), time_curve_together(results)
     yield from table(
-        ("tokens a row", "ms a token"), [[f"{n:,}", f"{ms:.3f}"] for n, ms in times.items()]
+        (
+            "tokens a row",
+            "ms a token, a row a micro-batch",
+            f"{LENGTHS[-1]:,} tokens a micro-batch",
+        ),
+        [[f"{n:,}", f"{ms:.3f}", milliseconds(together.get(n))] for n, ms in times.items()],
     )
     if len(times) == len(LENGTHS):
         spread = max(times.values()) / min(times.values()) - 1
         yield (
-            f"\nThe slowest is {spread:.0%} above the fastest "
+            f"\nA row a micro-batch, the slowest is {spread:.0%} above the fastest "
             f"(target: within {FLAT_WITHIN:.0%}): {verdict(spread <= FLAT_WITHIN)}.\n"
+        )
+    if len(together) == len(LENGTHS):
+        spread = max(together.values()) / min(together.values()) - 1
+        yield (
+            f"Rows of a micro-batch are one sequence to the model: with {LENGTHS[-1]:,} tokens in "
+            f"each, the slowest is {spread:.0%} above the fastest.\n"
         )
     memory = memory_curve(results)
     if len(memory) < 3:
@@ -270,6 +288,21 @@ def time_curve(results: Results) -> dict[int, float]:
         for n in LENGTHS
         if succeeded(results, f"time: {n:,} tokens a row")
     }
+
+
+def time_curve_together(results: Results) -> dict[int, float]:
+    """Likewise, where all micro-batches are of as many tokens as the longest row."""
+    names = {n: rows_together(n) for n in LENGTHS[:-1]}
+    names[LENGTHS[-1]] = f"time: {LENGTHS[-1]:,} tokens a row"
+    return {
+        n: 1e3 / tokens_per_second(results["runs"][name])
+        for n, name in names.items()
+        if succeeded(results, name)
+    }
+
+
+def milliseconds(value: float | None) -> str:
+    return "" if value is None else f"{value:.3f}"
 
 
 def memory_curve(results: Results) -> dict[int, float]:
