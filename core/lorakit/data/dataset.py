@@ -43,6 +43,7 @@ class Report:
         trained_tokens: Those of them with a label.
         truncated: Rows whose end was cut off.
         dropped: Rows left out because they were too long.
+        untrained: Rows left out because nothing trained was left of them once they were cut.
     """
 
     files: int = 1
@@ -51,6 +52,7 @@ class Report:
     trained_tokens: int = 0
     truncated: int = 0
     dropped: int = 0
+    untrained: int = 0
     lengths: list[int] = field(factory=list, repr=False)
 
     def sentence(self, max_seq_len: int) -> str:
@@ -61,11 +63,21 @@ class Report:
             f"data: {self.rows:,} rows{files}, {self.tokens:,} tokens, of which "
             f"{self.trained_tokens:,} ({share:.0%}) are trained; longest row {max(self.lengths):,}"
         )
+        return "; ".join([text, *self.losses(max_seq_len)])
+
+    def losses(self, max_seq_len: int) -> list[str]:
+        """What was cut or left out, each as part of a sentence."""
+        found = []
         if self.truncated:
-            text += f"; {self.truncated:,} rows cut to {max_seq_len:,} tokens"
+            found.append(f"{self.truncated:,} rows cut to {max_seq_len:,} tokens")
         if self.dropped:
-            text += f"; {self.dropped:,} rows over {max_seq_len:,} tokens left out"
-        return text
+            found.append(f"{self.dropped:,} rows over {max_seq_len:,} tokens left out")
+        if self.untrained:
+            found.append(
+                f"{self.untrained:,} rows left out, of which no trained token remains once they "
+                f"are cut to {max_seq_len:,}"
+            )
+        return found
 
 
 def load_dataset(
@@ -94,11 +106,13 @@ def load_dataset(
     places: list[str] = []
     problems: list[Problem] = []
     report = Report(files=len(files))
+    first_row = ""
     with progress.task("tokenizing", unit="rows") as task:
         for row in read_rows(files):
             report.rows += 1
             task.advance()
             if isinstance(row, Row):
+                first_row = first_row or row.where
                 example = _example(row, form, options, tokenizer, report)
                 if isinstance(example, Encoded):
                     examples.append(example)
@@ -112,11 +126,7 @@ def load_dataset(
     if problems:
         raise _together(problems)
     if not examples:
-        raise UserError(
-            f"{options.path}: no row is left: all {report.rows} are over "
-            f"{options.max_seq_len} tokens",
-            "Raise data.max_seq_len, or set data.too_long to 'truncate'.",
-        )
+        raise _nothing_left(options, report, first_row)
     return Dataset(tuple(examples), tuple(places), report)
 
 
@@ -148,6 +158,21 @@ def _together(problems: list[Problem]) -> UserError:
     return UserError(f"data: {count} problems:\n{lines}", "\n  ".join(fixes))
 
 
+def _nothing_left(options: DataOptions, report: Report, first_row: str) -> UserError:
+    """The message where each row was left out."""
+    if report.untrained:
+        others = f", and so with all {report.rows:,} rows" if report.rows > 1 else ""
+        return UserError(
+            f"{first_row}: no trained token is left once the row is cut to "
+            f"{options.max_seq_len} tokens{others}",
+            "Raise data.max_seq_len.",
+        )
+    return UserError(
+        f"{options.path}: no row is left: all {report.rows} are over {options.max_seq_len} tokens",
+        "Raise data.max_seq_len, or set data.too_long to 'truncate'.",
+    )
+
+
 def _fit(encoded: Encoded, options: DataOptions, where: str, report: Report) -> Encoded | None:
     if not encoded.targets:
         raise UserError(
@@ -165,11 +190,9 @@ def _fit(encoded: Encoded, options: DataOptions, where: str, report: Report) -> 
             return None
         encoded = encoded.truncated(options.max_seq_len)
         if not encoded.targets:
-            raise UserError(
-                f"{where}: no trained token is left once the row is cut to "
-                f"{options.max_seq_len} tokens",
-                "Raise data.max_seq_len, or set data.too_long to 'drop'.",
-            )
+            # Its prompt fills the row: one such row among thousands is no reason to stop.
+            report.untrained += 1
+            return None
         report.truncated += 1
     report.tokens += len(encoded)
     report.trained_tokens += encoded.targets
