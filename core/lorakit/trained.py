@@ -23,6 +23,7 @@ from lorakit.base_model import (
     resolve_device,
 )
 from lorakit.catalog import Catalog, load_catalog
+from lorakit.context import context_length
 from lorakit.data.batches import make_batch
 from lorakit.data.dataset import load_dataset
 from lorakit.data.tokenizer import Tokenizer
@@ -35,12 +36,21 @@ from lorakit.records import AdapterMethod, DatasetFormat
 
 @frozen
 class Trained:
-    """A model with its adapter on, if it has one, in evaluation mode."""
+    """A model with its adapter on, if it has one, in evaluation mode.
+
+    Attributes:
+        model: On its device.
+        tokenizer: With the template that training used.
+        device: Where it is.
+        catalog: What is installed.
+        context: Tokens that the model was made for; None if its config.json does not say.
+    """
 
     model: nn.Module
     tokenizer: Tokenizer
     device: torch.device
     catalog: Catalog
+    context: int | None = None
 
 
 @frozen
@@ -87,7 +97,8 @@ def load_trained(path: str, device_name: str = "auto", *, full_precision: bool =
         load_adapter_tensors(base.model, names, adapter.flat, adapter.path)
         tokenizer = tokenizer_of(adapter, base)
     base.model.eval()
-    return Trained(base.model, tokenizer, device, catalog)
+    context = context_length(base.checkpoint.config)
+    return Trained(base.model, tokenizer, device, catalog, context)
 
 
 def load_start(

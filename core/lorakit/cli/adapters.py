@@ -84,11 +84,15 @@ def generate(
 ) -> None:
     """Answer TEXT with a trained run, an adapter or a model, through the chat template used in
     training."""
-    from lorakit.generation import stream_answer
+    from lorakit.context import prompt_notice
+    from lorakit.generation import prompt_ids, stream_answer
     from lorakit.trained import load_trained
 
     text = sys.stdin.read() if prompt == "-" else prompt
     trained = load_trained(run_or_adapter_or_model, device, full_precision=full_precision)
+    notice = prompt_notice(len(prompt_ids(trained.tokenizer, text)), trained.context)
+    if notice:
+        click.echo(f"warning: {notice}", err=True)
     pieces = stream_answer(
         trained.model,
         trained.tokenizer,
