@@ -185,7 +185,7 @@ def assemble(
     base = open_base_model(recipe.model.options.path, recipe.catalog, progress, family=recipe.model)
     data = recipe.data.options
     tokenizer = base.tokenizer.with_template(data.chat_template)
-    dataset = load_dataset(recipe.data.record, data, tokenizer, progress)
+    dataset = load_dataset(recipe.data.record, data, tokenizer, progress, catalog=recipe.catalog)
     _check_ids(dataset, int(base.causal_lm.lm_head.out_features), recipe.model.options.path)
     plan = batch_plan(recipe, dataset)
     largest = _largest_micro_batch(plan, recipe)

@@ -26,7 +26,7 @@ def preview_lines(recipe: Recipe, rows: int, *, color: bool) -> Iterator[str]:
     data = recipe.data.options
     base = open_base_model(recipe.model.options.path, recipe.catalog, progress, family=recipe.model)
     tokenizer = base.tokenizer.with_template(data.chat_template)
-    dataset = load_dataset(recipe.data.record, data, tokenizer, progress)
+    dataset = load_dataset(recipe.data.record, data, tokenizer, progress, catalog=recipe.catalog)
     lengths = dataset.report.lengths
     yield dataset.report.sentence(data.max_seq_len)
     if notice := rows_notice(lengths, base.checkpoint.config, data.max_seq_len):

@@ -252,7 +252,11 @@ def load(plain, tmp_path):
         form = catalog.get("dataset", name)
         tokenizer = evolve(plain, template=built_in("chatml"))
         return load_dataset(
-            form, form.options(path=str(file), **options), tokenizer, TerminalProgress()
+            form,
+            form.options(path=str(file), **options),
+            tokenizer,
+            TerminalProgress(),
+            catalog=catalog,
         )
 
     return load

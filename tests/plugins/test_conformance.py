@@ -141,6 +141,7 @@ BROKEN = [
     ("loggers", 'self.write("finish")', "self.path.unlink()", "FileNotFoundError"),
     ("datasets", "except KeyError as error", "except OSError as error", "not a ValueError"),
     ("datasets", '(Message("user"', '(Message("human"', "human"),
+    ("datasets", 'Message("assistant", answer)', "{}", "returns dict as messages[1]"),
     ("model_sources", 'path.startswith("shelf:")', "True", "claims"),
     ("model_sources", 'examples=("shelf:NAME",)', "", "examples"),
     ("weight_formats", '(path / "weights.npz").is_file()', "path.exists()", "claims"),

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from attrs import define, field, frozen
+from attrs import define, evolve, field, frozen
 
+from lorakit.catalog import Catalog
 from lorakit.data.encode import Encoded, encode_example
+from lorakit.data.examples import make_example, other_formats
 from lorakit.data.files import find_data_files
 from lorakit.data.rows import Problem, Row, read_rows
 from lorakit.data.tokenizer import Tokenizer
@@ -15,6 +17,8 @@ from lorakit.records import DatasetFormat
 
 SHOWN_PROBLEMS = 10
 """Reading stops once so many rows are wrong: who has fixed those sees the next."""
+DATA_NAME = 'data.name = "{}"'
+"""How a recipe names a format."""
 
 
 @frozen
@@ -87,6 +91,8 @@ def load_dataset(
     progress: Progress,
     *,
     first: int = 0,
+    catalog: Catalog | None = None,
+    setting: str = DATA_NAME,
 ) -> Dataset:
     """Reads and tokenizes the data files of a recipe.
 
@@ -96,10 +102,12 @@ def load_dataset(
         tokenizer: With the template training uses.
         progress: Counts rows.
         first: Stop once there are so many examples; 0 reads all.
+        catalog: Of formats to name where the rows are another's; None names none.
+        setting: How the user names a format, with `{}` for it.
 
     Raises:
         UserError: Rows are malformed, or have no trained token; one message names the first
-            ten of them.
+            ten of them.  Or the format is wrong.
     """
     files = find_data_files(options.path, progress, split=options.split, pattern=options.files)
     examples: list[Encoded] = []
@@ -114,6 +122,8 @@ def load_dataset(
             if isinstance(row, Row):
                 first_row = first_row or row.where
                 example = _example(row, form, options, tokenizer, report)
+                if isinstance(example, Problem) and catalog and not examples:
+                    example = _with_format(example, row, form, catalog, setting)
                 if isinstance(example, Encoded):
                     examples.append(example)
                     places.append(row.where)
@@ -139,7 +149,7 @@ def _example(
 ) -> Encoded | Problem | None:
     """The row tokenized; None if it is left out."""
     try:
-        example = form.example(row.values, options)
+        example = make_example(form, row.values, options, row.where)
         encoded = encode_example(example, tokenizer, train_on_prompt=options.train_on_prompt)
     except ValueError as error:
         return Problem(f"{row.where}: {error}")
@@ -147,6 +157,17 @@ def _example(
         return _fit(encoded, options, row.where, report)
     except UserError as error:
         return Problem(error.message, error.fix)
+
+
+def _with_format(
+    problem: Problem, row: Row, form: DatasetFormat, catalog: Catalog, setting: str
+) -> Problem:
+    """The problem with the format that the row fits as its fix, if there is one."""
+    names = other_formats(row.values, form, catalog)
+    if problem.fix or not names:
+        return problem
+    settings = " or ".join(setting.format(name) for name in names)
+    return evolve(problem, fix=f"The row fits another format: use {settings}.")
 
 
 def _together(problems: list[Problem]) -> UserError:

@@ -7,9 +7,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from lorakit.data.examples import type_problem
 from lorakit.options import DataOptions
 from lorakit.progress import SilentProgress
-from lorakit.protocols import Conversation, Text
+from lorakit.protocols import Text
 from lorakit.records import DatasetFormat, ModelSource, WeightFormat
 from lorakit.testing.failure import ensure
 from lorakit.testing.offers import check_offer, make_options
@@ -54,10 +55,10 @@ def check_dataset(
     if row is None:
         return
     found = record.example(row, chosen)
+    ensure(not type_problem(found), f"example: {type_problem(found)}")
     if isinstance(found, Text):
         ensure(found.text, "example: the sample row gives an empty text")
         return
-    ensure(isinstance(found, Conversation), f"example: returns {type(found).__name__}")
     messages = found.messages
     ensure(messages, "example: the sample row gives a conversation without messages")
     unknown = [m.role for m in messages if m.role not in ROLES]

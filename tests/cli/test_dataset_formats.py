@@ -1,0 +1,109 @@
+"""A format that returns what is no example, and rows that are another format's."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lorakit.catalog import load_catalog
+from lorakit.data.examples import make_example, other_formats
+from lorakit.errors import UserError
+from lorakit.options import DataOptions
+from lorakit.protocols import Conversation, Message, Text
+from lorakit.records import DatasetFormat
+
+TURN = {"role": "user", "content": "Why?"}
+
+
+def broken(example: Callable[[Mapping[str, Any], Any], Any]) -> DatasetFormat:
+    return DatasetFormat(name="quiz", summary="quizzes", options=DataOptions, example=example)
+
+
+@pytest.mark.parametrize(
+    ("returned", "said"),
+    [
+        (None, "returns NoneType as an example, expected lorakit.protocols.Conversation or"),
+        ([TURN], "returns list as an example"),
+        (Conversation((TURN,)), "returns dict as messages[0], expected lorakit.protocols.Message"),  # type: ignore[arg-type]
+        (Conversation({"a": 1}), "returns dict as Conversation.messages, expected tuple"),  # type: ignore[arg-type]
+        (Conversation((Message("user", None),)), "returns NoneType as messages[0].content"),  # type: ignore[arg-type]
+        (Text(b"no"), "returns bytes as Text.text, expected str"),  # type: ignore[arg-type]
+    ],
+)
+def test_a_format_that_returns_what_is_no_example_is_blamed(returned: Any, said: str):
+    with pytest.raises(UserError) as error:
+        make_example(broken(lambda row, options: returned), {}, None, "x.jsonl, line 1")
+    assert said in error.value.message
+    assert "plugin of 'quiz' is wrong, not the data" in error.value.message
+    assert "x.jsonl, line 1" in error.value.message
+
+
+def test_a_format_that_raises_something_else_is_blamed():
+    with pytest.raises(UserError, match=r"raises KeyError: 'question', expected a ValueError"):
+        make_example(broken(lambda row, options: row["question"]), {}, None, "line 1")
+
+
+def test_a_list_of_messages_will_do():
+    example = Conversation([Message("user", "Why?")])  # type: ignore[arg-type]
+    assert make_example(broken(lambda row, options: example), {}, None, "line 1") is example
+
+
+ALPACA = {"instruction": "Add.", "input": "1 2", "output": "3"}
+
+
+@pytest.mark.parametrize(
+    ("row", "expected"),
+    [
+        (ALPACA, ["alpaca"]),
+        ({"text": "Words."}, ["text"]),
+        ({**ALPACA, "text": "Add 1 2: 3"}, ["alpaca", "text"]),
+        ({"question": "?"}, []),
+    ],
+)
+def test_the_formats_that_read_a_row(row: Any, expected: list[str]):
+    catalog = load_catalog()
+    assert other_formats(row, catalog.get("dataset", "messages"), catalog) == expected
+
+
+def test_rows_of_another_format_are_told_with_the_setting(
+    make_recipe: Callable[..., str], cli: Callable[..., Any]
+):
+    done = cli("train", make_recipe([ALPACA] * 2), "--dry-run")
+    assert done.status == 2
+    assert "no key 'messages'; the row has instruction, input and output" in done.err
+    assert done.err.count('The row fits another format: use data.name = "alpaca".') == 1
+
+
+def test_eval_reads_as_the_run_did(
+    train_run: Callable[..., Path], cli: Callable[..., Any], checkpoint: Path, tmp_path: Path
+):
+    rows = [{"chat": {"q": "no"}, "body": "the model learns a small update"}] * 4
+    run = train_run(rows, data={"name": "text", "column": "body"}, training={"max_steps": 1})
+    data = run.parent / "data.jsonl"
+    done = cli("eval", run, "--data", data)
+    assert done.status == 0, done.err
+    assert cli("eval", run / "adapter", "--data", data).out == done.out
+    named = tmp_path / "named.jsonl"
+    named.write_text("".join(json.dumps({"text": row["body"]}) + "\n" for row in rows))
+    assert cli("eval", run, "--data", named, "--format", "text").out == done.out
+    without = cli("eval", checkpoint, "--data", named)
+    assert without.status == 2
+    assert "The row fits another format: use --format text." in without.err
+
+
+def test_eval_says_what_it_left_out(
+    train_run: Callable[..., Path], cli: Callable[..., Any], make_rows: Callable[..., Any]
+):
+    run = train_run(training={"max_steps": 1}, data={"max_seq_len": 128})
+    rows = make_rows(3)
+    rows[1]["messages"][0]["content"] = "Why? " * 200
+    data = run.parent / "other.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    done = cli("eval", run, "--data", data)
+    assert done.status == 0, done.err
+    assert done.out.endswith("of 2 rows\n")
+    assert "data: 1 rows left out, of which no trained token remains" in done.err
