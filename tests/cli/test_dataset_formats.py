@@ -107,3 +107,76 @@ def test_eval_says_what_it_left_out(
     assert done.status == 0, done.err
     assert done.out.endswith("of 2 rows\n")
     assert "data: 1 rows left out, of which no trained token remains" in done.err
+
+
+SHAREGPT = {
+    "conversations": [
+        {"from": "system", "value": "Be brief."},
+        {"from": "human", "value": "How late is it?"},
+        {"from": "function_call", "value": "clock()", "train": False},
+        {"from": "observation", "value": "12:00"},
+        {"from": "gpt", "value": "Noon."},
+    ]
+}
+
+
+def sharegpt(row: Mapping[str, Any], **options: str) -> Any:
+    form = load_catalog().get("dataset", "sharegpt")
+    return form.example(row, form.options(path="x.jsonl", **options))
+
+
+def test_sharegpt_rows_are_conversations():
+    messages = sharegpt(SHAREGPT).messages
+    assert [m.role for m in messages] == ["system", "user", "assistant", "tool", "assistant"]
+    assert [m.trained for m in messages] == [None, None, False, None, None]
+    assert messages[4].content == "Noon."
+    others = [{"from": name, "value": "x"} for name in ("user", "assistant", "tool")]
+    found = sharegpt(
+        {"chat": [*others, {"from": "function_response", "value": "x"}]}, column="chat"
+    )
+    assert [m.role for m in found.messages] == ["user", "assistant", "tool", "tool"]
+
+
+@pytest.mark.parametrize(
+    ("turn", "said"),
+    [
+        ({"from": "gtp", "value": "x"}, "conversations[0].from: 'gtp' is none of "),
+        ({"from": "gtp", "value": "x"}, "(did you mean 'gpt'?)"),
+        ({"from": "gpt"}, "conversations[0].value: expected a string, got None"),
+        ({"from": "human", "value": "x", "train": True}, "only an assistant's turn"),
+        ({"role": "user", "content": "x"}, "is the format messages with column = 'conversations'"),
+        ("x", "conversations[0]: expected {from, value}, got 'x'"),
+    ],
+)
+def test_sharegpt_rows_of_another_shape(turn: Any, said: str):
+    with pytest.raises(ValueError) as error:
+        sharegpt({"conversations": [turn]})
+    assert said in str(error.value)
+
+
+def test_sharegpt_trains_what_messages_does(
+    make_recipe: Callable[..., str], make_rows: Callable[..., Any], cli: Callable[..., Any]
+):
+    rows = make_rows(3)
+    speakers = {"user": "human", "assistant": "gpt"}
+    spoken = [
+        {
+            "conversations": [
+                {"from": speakers[m["role"]], "value": m["content"]} for m in row["messages"]
+            ]
+        }
+        for row in rows
+    ]
+    shown = [
+        cli("preview", make_recipe(data_rows, data={"name": name}), "--rows", 3).out
+        for name, data_rows in (("messages", rows), ("sharegpt", spoken))
+    ]
+    lines = [[line for line in text.splitlines() if "line " not in line] for text in shown]
+    assert "«" in shown[0]
+    assert lines[0] == lines[1]
+    wrong = cli("preview", make_recipe(spoken))
+    assert 'use data.name = "sharegpt".' in wrong.err
+
+
+def test_sharegpt_is_listed(cli: Callable[..., Any]):
+    assert "sharegpt" in cli("plugins", "list").out

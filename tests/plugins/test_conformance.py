@@ -18,6 +18,9 @@ ROWS: dict[str, dict[str, Any]] = {
     "dataset: messages": {
         "messages": [{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}]
     },
+    "dataset: sharegpt": {
+        "conversations": [{"from": "human", "value": "?"}, {"from": "gpt", "value": "!"}]
+    },
     "dataset: alpaca": {"instruction": "Add.", "input": "1 2", "output": "3"},
     "dataset: text": {"text": "Words."},
     "dataset: quiz": {"question": "?", "answer": "!"},

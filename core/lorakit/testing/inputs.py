@@ -23,6 +23,8 @@ JUNK_ROWS: tuple[dict[str, Any], ...] = (
     {"messages": [None, 1, "x"], "text": ["x"], "instruction": 1.5, "output": True},
     {"messages": [{"role": 1, "content": []}]},
     {"messages": {"role": "user"}},
+    {"conversations": [None]},
+    {"conversations": [{"from": [], "value": 1}]},
 )
 _UNCLAIMED = ("no/such/thing", "nothing:like/this", "C:\\none", "a" * 5000, "\0", "~no_such_user/x")
 
