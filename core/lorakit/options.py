@@ -81,7 +81,7 @@ class DataOptions:
     Attributes:
         path: A JSON, JSONL, CSV or Parquet file, a directory or glob of them, a data set on the
             hub (`owner/name`), or `lorakit:NAME` for a file that ships with lorakit.
-        split: Which part of a data set on the hub.
+        split: Which part of a data set on the hub; local files have none.
         files: A glob that picks files of a directory or of a data set on the hub, by their paths
             in it; in the place of `split`.
         max_seq_len: Longest row in tokens; what happens to a longer one is `too_long`.

@@ -109,6 +109,26 @@ def test_eval_says_what_it_left_out(
     assert "data: 1 rows left out, of which no trained token remains" in done.err
 
 
+def test_rows_wrapped_in_an_object_are_told(
+    make_recipe: Callable[..., str], cli: Callable[..., Any], tmp_path: Path
+):
+    wrapped, single = tmp_path / "wrapped.json", tmp_path / "single.json"
+    wrapped.write_text('{"data": []}')
+    single.write_text(json.dumps({"messages": [TURN, {"role": "assistant", "content": "So."}]}))
+    done = cli("preview", make_recipe(data={"path": str(wrapped)}))
+    assert done.status == 2
+    assert "The file holds one object: expected is [{...}, ...], or an object a line." in done.err
+    assert cli("preview", make_recipe(data={"path": str(single)})).status == 0
+
+
+def test_a_split_of_a_local_file_is_a_problem_of_the_recipe(
+    make_recipe: Callable[..., str], cli: Callable[..., Any]
+):
+    done = cli("recipes", "validate", make_recipe(data={"split": "test"}))
+    assert done.status == 2
+    assert "  data.split: 'test' is of a data set on the hub, but data.path " in done.err
+
+
 SHAREGPT = {
     "conversations": [
         {"from": "system", "value": "Be brief."},

@@ -122,8 +122,8 @@ def load_dataset(
             if isinstance(row, Row):
                 first_row = first_row or row.where
                 example = _example(row, form, options, tokenizer, report)
-                if isinstance(example, Problem) and catalog and not examples:
-                    example = _with_format(example, row, form, catalog, setting)
+                if isinstance(example, Problem) and not examples:
+                    example = _with_fix(example, row, form, catalog, setting)
                 if isinstance(example, Encoded):
                     examples.append(example)
                     places.append(row.where)
@@ -159,15 +159,17 @@ def _example(
         return Problem(error.message, error.fix)
 
 
-def _with_format(
-    problem: Problem, row: Row, form: DatasetFormat, catalog: Catalog, setting: str
+def _with_fix(
+    problem: Problem, row: Row, form: DatasetFormat, catalog: Catalog | None, setting: str
 ) -> Problem:
-    """The problem with the format that the row fits as its fix, if there is one."""
-    names = other_formats(row.values, form, catalog)
-    if problem.fix or not names:
-        return problem
-    settings = " or ".join(setting.format(name) for name in names)
-    return evolve(problem, fix=f"The row fits another format: use {settings}.")
+    """The problem with what may be the matter with all rows: they are another format's, or what
+    the file holds are no rows."""
+    names = other_formats(row.values, form, catalog) if catalog else []
+    fix = problem.fix or row.doubt
+    if names and not problem.fix:
+        settings = " or ".join(setting.format(name) for name in names)
+        fix = f"The row fits another format: use {settings}."
+    return evolve(problem, fix=fix)
 
 
 def _together(problems: list[Problem]) -> UserError:
