@@ -13,6 +13,7 @@ from lorakit.adapters import adapter_config, apply_adapter
 from lorakit.base_model import BaseModel, load_weights, open_base_model, resolve_device
 from lorakit.blocks import checkpoint_blocks
 from lorakit.compilation import check_compiler, compilation_told, compile_blocks
+from lorakit.context import rows_notice
 from lorakit.data.batches import BatchPlan
 from lorakit.data.dataset import Dataset, load_dataset
 from lorakit.data.tokenizer import Tokenizer
@@ -202,7 +203,7 @@ def assemble(
     base = open_base_model(recipe.model.options.path, recipe.catalog, progress, family=recipe.model)
     data = recipe.data.options
     tokenizer = base.tokenizer.with_template(data.chat_template)
-    dataset = load_dataset(recipe.data.record, data, tokenizer, progress)
+    dataset = load_dataset(recipe.data.record, data, tokenizer, progress, catalog=recipe.catalog)
     _check_ids(dataset, int(base.causal_lm.lm_head.out_features), recipe.model.options.path)
     plan = batch_plan(recipe, dataset)
     largest = _largest_micro_batch(plan, recipe)
@@ -236,7 +237,9 @@ def assemble(
     checkpoint_blocks(base.causal_lm, mode, offload, compiled=training.compile)
     set_fused(training.fused)
     total = sum(1 for _ in plan.first_windows(training.epochs, training.max_steps))
-    notices = [n for n in (tuned, precision.notice, _optimizer_notice(recipe, device)) if n]
+    long = rows_notice(dataset.report.lengths, base.checkpoint.config, data.max_seq_len)
+    said = (long, tuned, precision.notice, _optimizer_notice(recipe, device))
+    notices = [n for n in said if n]
     if recipe.training.activation_checkpointing == AUTO:
         notices.append(f"activation checkpointing: {mode}, the fastest that fits")
     if training.activation_offloading and offload is None:

@@ -81,11 +81,12 @@ class DataOptions:
     Attributes:
         path: A JSON, JSONL, CSV or Parquet file, a directory or glob of them, a data set on the
             hub (`owner/name`), or `lorakit:NAME` for a file that ships with lorakit.
-        split: Which part of a data set on the hub.
+        split: Which part of a data set on the hub; local files have none.
         files: A glob that picks files of a directory or of a data set on the hub, by their paths
             in it; in the place of `split`.
         max_seq_len: Longest row in tokens; what happens to a longer one is `too_long`.
-        too_long: `truncate` cuts the row's end, `drop` leaves the row out, `error` stops.
+        too_long: `truncate` cuts the row's end, and leaves the row out if that is all that was
+            trained; `drop` leaves the row out; `error` stops.
             Whatever is cut or left out is counted and reported before training.
         packed: Fill each row of a batch up to `max_seq_len` with whole examples.
         train_on_prompt: Train on all tokens, not only on the assistant's.

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from lorakit.base_model import open_base_model
+from lorakit.context import rows_notice
 from lorakit.data.dataset import load_dataset
 from lorakit.data.encode import Encoded
 from lorakit.data.tokenizer import Tokenizer
@@ -25,9 +26,12 @@ def preview_lines(recipe: Recipe, rows: int, *, color: bool) -> Iterator[str]:
     data = recipe.data.options
     base = open_base_model(recipe.model.options.path, recipe.catalog, progress, family=recipe.model)
     tokenizer = base.tokenizer.with_template(data.chat_template)
-    dataset = load_dataset(recipe.data.record, data, tokenizer, progress)
+    dataset = load_dataset(recipe.data.record, data, tokenizer, progress, catalog=recipe.catalog)
+    lengths = dataset.report.lengths
     yield dataset.report.sentence(data.max_seq_len)
-    yield from histogram(dataset.report.lengths)
+    if notice := rows_notice(lengths, base.checkpoint.config, data.max_seq_len):
+        yield notice
+    yield from histogram(lengths)
     for example, where in list(zip(dataset.examples, dataset.where, strict=True))[:rows]:
         yield f"\n{where}: {len(example)} tokens, {example.targets} trained"
         yield marked(example, tokenizer, color=color)

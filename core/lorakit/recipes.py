@@ -312,7 +312,8 @@ class _Resolver:
                     f"here, and of no other model source (such paths look like: {examples})"
                 )
         if data:
-            self.problems += data_path_problems(data, _string_of(table["data"], "files"))
+            pattern, split = (_string_of(table["data"], key) for key in ("files", "split"))
+            self.problems += data_path_problems(data, pattern, split)
 
 
 def _string_of(section: Any, key: str = "path") -> str:
@@ -321,12 +322,12 @@ def _string_of(section: Any, key: str = "path") -> str:
     return value if isinstance(value, str) else ""
 
 
-def data_path_problems(path: str, pattern: str = "") -> list[str]:
-    """What is wrong with a `data.path`, judged by names alone."""
-    from lorakit.data.files import check_data_path
+def data_path_problems(path: str, pattern: str, split: str) -> list[str]:
+    """What is wrong with a `data.path`, judged by names alone; an empty `split` is none given."""
+    from lorakit.data.files import TRAIN, check_data_path
 
     try:
-        check_data_path(path, pattern)
+        check_data_path(path, pattern, split or TRAIN)
     except UserError as error:
         key = "" if error.message.startswith("data.") else "data.path: "
         return [key + error.message + (f". {error.fix}" if error.fix else "")]

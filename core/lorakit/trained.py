@@ -10,8 +10,15 @@ import torch
 from attrs import frozen
 from torch import nn
 
-from lorakit.adapter_origin import find_adapter, open_base_of, quantization_of, tokenizer_of
+from lorakit.adapter_origin import (
+    find_adapter,
+    open_base_of,
+    quantization_of,
+    recipe_of,
+    tokenizer_of,
+)
 from lorakit.adapters import (
+    SavedAdapter,
     apply_adapter,
     check_copies,
     load_adapter_tensors,
@@ -23,6 +30,7 @@ from lorakit.base_model import (
     resolve_device,
 )
 from lorakit.catalog import Catalog, load_catalog
+from lorakit.context import context_length
 from lorakit.data.batches import make_batch
 from lorakit.data.dataset import load_dataset
 from lorakit.data.tokenizer import Tokenizer
@@ -30,26 +38,46 @@ from lorakit.errors import RecipeError, UserError
 from lorakit.loss import batch_loss
 from lorakit.options import AdapterOptions
 from lorakit.progress import TerminalProgress
+from lorakit.recipes import Section, read_section
 from lorakit.records import AdapterMethod, DatasetFormat
 
 
 @frozen
 class Trained:
-    """A model with its adapter on, if it has one, in evaluation mode."""
+    """A model with its adapter on, if it has one, in evaluation mode.
+
+    Attributes:
+        model: On its device.
+        tokenizer: With the template that training used.
+        device: Where it is.
+        catalog: What is installed.
+        context: Tokens that the model was made for; None if its config.json does not say.
+        adapter: As it was saved; None for a model.
+    """
 
     model: nn.Module
     tokenizer: Tokenizer
     device: torch.device
     catalog: Catalog
+    context: int | None = None
+    adapter: SavedAdapter | None = None
 
 
 @frozen
 class Scores:
-    """Evaluation over a data file; `loss` is the mean over its trained tokens."""
+    """Evaluation over a data file.
+
+    Attributes:
+        loss: The mean over its trained tokens.
+        trained_tokens: How many there are.
+        rows: Those that have them.
+        losses: What was cut or left out, each as part of a sentence.
+    """
 
     loss: float
     trained_tokens: int
     rows: int
+    losses: tuple[str, ...] = ()
 
     @property
     def perplexity(self) -> float:
@@ -87,7 +115,8 @@ def load_trained(path: str, device_name: str = "auto", *, full_precision: bool =
         load_adapter_tensors(base.model, names, adapter.flat, adapter.path)
         tokenizer = tokenizer_of(adapter, base)
     base.model.eval()
-    return Trained(base.model, tokenizer, device, catalog)
+    context = context_length(base.checkpoint.config)
+    return Trained(base.model, tokenizer, device, catalog, context, adapter)
 
 
 def load_start(
@@ -128,22 +157,51 @@ def load_start(
     load_adapter_tensors(model, names, saved.flat, directory)
 
 
+def data_section(trained: Trained, data: str, form_name: str | None = None) -> Section:
+    """The data set format and its options for a `data.path` to evaluate over.
+
+    Args:
+        trained: The model.
+        data: A `data.path`.
+        form_name: The format, with its options at their defaults; None: those of the run that the
+            adapter lies in, else `messages`.
+
+    Raises:
+        UserError: There is no such format, or the run's recipe is broken.
+    """
+    adapter = trained.adapter
+    table = recipe_of(adapter).get("data") if form_name is None and adapter else None
+    if adapter and table:
+        # Which part of the training data was read says nothing about these.
+        others = {k: v for k, v in table.items() if k not in ("path", "split", "files")}
+        where = str(adapter.path)
+        return read_section("dataset", {**others, "path": data}, trained.catalog, where)
+    form: DatasetFormat = trained.catalog.get("dataset", form_name or "messages")
+    return Section(form, form.options(path=data))
+
+
 @torch.no_grad()
-def evaluate(trained: Trained, data: str, form_name: str) -> Scores:
+def evaluate(trained: Trained, data: str, form_name: str | None = None) -> Scores:
     """Loss over the trained tokens of a data file.
 
     Args:
         trained: The model.
         data: A `data.path`.
-        form_name: The data set format.
+        form_name: The data set format, see `data_section`.
 
     Raises:
         UserError: There is no such format, or the data is wrong.
     """
-    form: DatasetFormat = trained.catalog.get("dataset", form_name)
-    options: Any = form.options(path=data)
+    section = data_section(trained, data, form_name)
     progress = TerminalProgress()
-    dataset = load_dataset(form, options, trained.tokenizer, progress)
+    dataset = load_dataset(
+        section.record,
+        section.options,
+        trained.tokenizer,
+        progress,
+        catalog=trained.catalog,
+        setting="--format {}",
+    )
     total, count = 0.0, 0
     with progress.task("evaluating", len(dataset.examples), unit="rows") as task:
         for row in range(len(dataset.examples)):
@@ -151,4 +209,5 @@ def evaluate(trained: Trained, data: str, form_name: str) -> Scores:
             total += float(batch_loss(trained.model, batch))  # type: ignore[arg-type]
             count += batch.trained
             task.advance()
-    return Scores(total / count, count, dataset.report.rows)
+    losses = dataset.report.losses(section.options.max_seq_len)
+    return Scores(total / count, count, len(dataset.examples), tuple(losses))

@@ -15,9 +15,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lorakit.data.files import check_data_path, find_local_files, matching
+from lorakit.data.files import check_data_path, find_data_files, find_local_files, matching
 from lorakit.data.rows import Problem, Row, read_rows
 from lorakit.errors import UserError
+from lorakit.progress import SilentProgress
 
 ROWS = [{"text": "eins"}, {"text": 'zw"ei,\n zwölf'}, {"text": "drei"}]
 
@@ -92,6 +93,27 @@ def test_a_long_csv_field(tmp_path: Path) -> None:
     assert values(read(file)) == [{"text": "x" * 300_000}]
 
 
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        ("a;b\n1,5;2\n", {"a": "1,5", "b": "2"}),
+        ("a\tb\n1;5\t2,0\n", {"a": "1;5", "b": "2,0"}),
+        ('"a";"b"\n"1;\n5";2\n', {"a": "1;\n5", "b": "2"}),
+        ("a;b,c\n1,2\n", {"a;b": "1", "c": "2"}),
+        ('"a;b"\n1\n', {"a;b": "1"}),
+        ("a\n1;2\n", {"a": "1;2"}),
+        ('"a\n;b"\n1\n', {"a\n;b": "1"}),
+        ("a;b\r\n1;2\r\n", {"a": "1", "b": "2"}),
+    ],
+)
+def test_the_header_shows_what_delimits_a_csv(
+    content: str, expected: dict[str, str], tmp_path: Path
+) -> None:
+    file = tmp_path / "rows.csv"
+    file.write_bytes(content.encode())
+    assert values(read(file)) == [expected]
+
+
 @given(st.lists(st.lists(st.text(st.characters(codec="utf-8")), min_size=2, max_size=2)))
 def test_whatever_the_csv_module_writes_is_read(table: list[list[str]]) -> None:
     import tempfile
@@ -159,6 +181,20 @@ def test_nothing_to_read(path: str, pattern: str, expected: str, folder: Path) -
     assert expected in error.value.message
 
 
+@pytest.mark.parametrize("path", ["rows/b.jsonl", "rows", "rows/*.csv", "lorakit:"])
+def test_a_split_of_local_files_is_refused(path: str, folder: Path) -> None:
+    shipped = path == "lorakit:"
+    path = "lorakit:about_lorakit.jsonl" if shipped else str(folder.parent / path)
+    check_data_path(path, split="train")
+    with pytest.raises(UserError) as error:
+        check_data_path(path, split="test")
+    assert error.value.message == (
+        f"data.split: 'test' is of a data set on the hub, but data.path {path} is on this machine"
+    )
+    with pytest.raises(UserError, match=r"data\.split: 'test'"):
+        find_data_files(path, SilentProgress(), split="test")
+
+
 def test_a_hub_id_is_taken_on_trust_but_a_file_of_that_shape_is_not() -> None:
     check_data_path("owner/name@revision")
     with pytest.raises(UserError, match=r"no file data/none\.jsonl"):
@@ -177,6 +213,12 @@ def test_a_hub_id_is_taken_on_trust_but_a_file_of_that_shape_is_not() -> None:
         ("x.csv", b"a\n\xff\n", "x.csv: cannot be read"),
         ("x.json", b'{"a": 1}', ""),
         ("x.json", b'{\n"a": 1}', "x.json: expected a list of objects, got dict"),
+        (
+            "x.json",
+            b'{\n"data": []}',
+            "x.json: expected a list of objects, got dict: expected is [{",
+        ),
+        ("x.csv", b"a;b\n1,2\n", "x.csv, row 1 (line 2): 1 fields, but the header has 2"),
         ("x.json", b"[1]", "x.json, row 1: expected an object, got int"),
         ("x.parquet", b"PAR1 no", "x.parquet: not readable as Parquet"),
         ("x.parquet", b"", "x.parquet: not readable as Parquet"),

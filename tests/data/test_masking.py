@@ -252,7 +252,11 @@ def load(plain, tmp_path):
         form = catalog.get("dataset", name)
         tokenizer = evolve(plain, template=built_in("chatml"))
         return load_dataset(
-            form, form.options(path=str(file), **options), tokenizer, TerminalProgress()
+            form,
+            form.options(path=str(file), **options),
+            tokenizer,
+            TerminalProgress(),
+            catalog=catalog,
         )
 
     return load
@@ -317,6 +321,19 @@ def test_long_row_is_an_error_naming_it(load):
 def test_row_cut_to_nothing_trained_is_named(load):
     with pytest.raises(UserError, match=r"line 1: no trained token is left"):
         load([row("Why " * 40, "Because.")], max_seq_len=24)
+
+
+def test_row_cut_to_nothing_trained_is_left_out_and_counted(load):
+    long_prompt = row("Why " * 40, "Because.")
+    dataset = load([long_prompt, row("Hi", "Hello."), long_prompt], max_seq_len=24)
+    report = dataset.report
+    assert (report.rows, report.untrained, report.truncated) == (3, 2, 0)
+    assert [place.rpartition(", ")[2] for place in dataset.where] == ["line 2"]
+    assert "2 rows left out, of which no trained token remains" in report.sentence(24)
+    with pytest.raises(UserError, match=r"line 1: no trained .*, and so with all 2 rows"):
+        load([long_prompt, long_prompt], max_seq_len=24)
+    with pytest.raises(UserError, match=r"line 1: \d+ tokens, but data\.max_seq_len is 24"):
+        load([long_prompt, row("Hi", "Hello.")], max_seq_len=24, too_long="error")
 
 
 def test_alpaca_row_is_an_exchange(load, plain):

@@ -1,4 +1,5 @@
-"""Every installed plugin, and every sample plugin, passes the checks that ship with lorakit."""
+"""Every installed plugin of this repository, and every sample plugin, passes the checks that ship
+with lorakit."""
 
 from __future__ import annotations
 
@@ -8,8 +9,10 @@ from typing import Any
 
 import pytest
 import tomli
+from attrs import evolve
 
-from lorakit.catalog import load_catalog
+from lorakit.catalog import first_party, load_catalog
+from lorakit.plugins import Plugin
 from lorakit.testing import ConformanceError, check_plugin, conformance_cases
 
 HERE = Path(__file__).parent
@@ -18,6 +21,9 @@ ROWS: dict[str, dict[str, Any]] = {
     "dataset: messages": {
         "messages": [{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}]
     },
+    "dataset: sharegpt": {
+        "conversations": [{"from": "human", "value": "?"}, {"from": "gpt", "value": "!"}]
+    },
     "dataset: alpaca": {"instruction": "Add.", "input": "1 2", "output": "3"},
     "dataset: text": {"text": "Words."},
     "dataset: quiz": {"question": "?", "answer": "!"},
@@ -25,11 +31,18 @@ ROWS: dict[str, dict[str, Any]] = {
 OFFLINE = {"logger: wandb": {"mode": "offline"}}
 
 
+def is_ours(plugin: Plugin) -> bool:
+    """Whether this repository publishes it: others have samples of their own."""
+    return plugin.distribution in {"lorakit", *(f.distribution for f in first_party())}
+
+
 def installed_cases() -> list[Any]:
     samples: dict[str, Any] = dict(ROWS)
     samples |= {f"model family: {name}": config for name, config in CONFIGS.items()}
     samples["model source: local"] = str(HERE)
-    cases = conformance_cases(load_catalog(), samples=samples, options=OFFLINE)
+    catalog = load_catalog()
+    catalog = evolve(catalog, plugins=tuple(p for p in catalog.plugins if is_ours(p)))
+    cases = conformance_cases(catalog, samples=samples, options=OFFLINE)
     return [pytest.param(case.check, id=case.id) for case in cases]
 
 
@@ -39,7 +52,17 @@ def test_installed_plugins_conform(check: Callable[[], None]):
 
 
 def test_every_family_that_is_installed_has_a_sample():
-    assert sorted(set(load_catalog().names("model family")) - set(CONFIGS)) == []
+    offers = load_catalog().offers["model family"]
+    ours = {name for name, found in offers.items() if any(is_ours(o.plugin) for o in found)}
+    assert sorted(ours - set(CONFIGS)) == []
+
+
+def test_plugins_of_others_are_not_this_repositorys_to_check(plant_sample: Callable[[str], str]):
+    before = [case.id for case in installed_cases()]
+    assert "lorakit[builtin] loads" in before
+    plant_sample("model_families")
+    assert "wee" in load_catalog().names("model family")
+    assert [case.id for case in installed_cases()] == before
 
 
 def test_safetensors_directories_conform(base_model: Path):
@@ -141,6 +164,7 @@ BROKEN = [
     ("loggers", 'self.write("finish")', "self.path.unlink()", "FileNotFoundError"),
     ("datasets", "except KeyError as error", "except OSError as error", "not a ValueError"),
     ("datasets", '(Message("user"', '(Message("human"', "human"),
+    ("datasets", 'Message("assistant", answer)', "{}", "returns dict as messages[1]"),
     ("model_sources", 'path.startswith("shelf:")', "True", "claims"),
     ("model_sources", 'examples=("shelf:NAME",)', "", "examples"),
     ("weight_formats", '(path / "weights.npz").is_file()', "path.exists()", "claims"),

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import ast
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 import attrs
 import pytest
 
+import lorakit
 from lorakit import hookspecs
 from lorakit.catalog import KINDS
 from lorakit.records import Offer
+from lorakit.testing import check_plugin
 
 ROOT = Path(__file__).resolve().parents[2]
 REFERENCE = ROOT / "docs" / "reference" / "plugins.md"
+CODE = re.findall(r"```python\n(.*?)```", REFERENCE.read_text(encoding="utf-8"), re.DOTALL)
 HOOKS = sorted(name for name in vars(hookspecs) if name.startswith("lorakit_"))
 
 
@@ -84,10 +88,21 @@ def test_hooks_are_collected_from_everyone():
 
 
 def test_the_references_example_runs():
-    (code,) = re.findall(r"```python\n(.*?)```", REFERENCE.read_text(encoding="utf-8"), re.DOTALL)
+    code, _ = CODE
     namespace: dict[str, object] = {}
     exec(compile(code, "plugins.md", "exec"), namespace)
     assert callable(namespace["lorakit_optimizers"])
+
+
+def test_the_references_dataset_conforms_and_trains(
+    plant: Callable[..., str], small_recipe: Callable[..., str], tmp_path: Path
+):
+    _, code = CODE
+    plant("lorakit-quiz", code)
+    for row in ({"question": "?", "answer": "!"}, {"note": "Words."}):
+        check_plugin("lorakit-quiz", samples={"dataset: quiz": row})
+    quiz = {"name": "quiz", "path": str(tmp_path / "quiz.jsonl"), "system": "Be brief."}
+    lorakit.train(small_recipe(data=quiz, training={"max_steps": 1}))
 
 
 def test_the_reference_names_what_testing_exports():

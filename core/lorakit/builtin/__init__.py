@@ -139,6 +139,12 @@ def lorakit_datasets() -> list[DatasetFormat]:
             example=datasets.messages_example,
         ),
         DatasetFormat(
+            name="sharegpt",
+            summary="chats as ShareGPT has them: conversations of from and value",
+            options=datasets.ShareGPTOptions,
+            example=datasets.sharegpt_example,
+        ),
+        DatasetFormat(
             name="alpaca",
             summary="instructions: instruction, input, output",
             options=datasets.AlpacaOptions,

@@ -13,6 +13,18 @@ from lorakit.options import DataOptions
 from lorakit.protocols import Conversation, Message, Text
 
 ROLES = ("system", "user", "assistant", "tool")
+SHAREGPT_ROLES = {
+    "system": "system",
+    "human": "user",
+    "user": "user",
+    "gpt": "assistant",
+    "assistant": "assistant",
+    "function_call": "assistant",
+    "tool": "tool",
+    "observation": "tool",
+    "function_response": "tool",
+}
+"""ShareGPT's `from`, with the words that later data sets brought in, and the role of each."""
 
 
 @frozen(kw_only=True)
@@ -24,6 +36,17 @@ class MessagesOptions(DataOptions):
     """
 
     column: str = field(default="messages", validator=min_len(1))
+
+
+@frozen(kw_only=True)
+class ShareGPTOptions(DataOptions):
+    """`[data]` with `name = "sharegpt"`.
+
+    Attributes:
+        column: The row's key that holds the list of `{from, value}`.
+    """
+
+    column: str = field(default="conversations", validator=min_len(1))
 
 
 @frozen(kw_only=True)
@@ -50,28 +73,68 @@ def messages_example(row: Mapping[str, Any], options: MessagesOptions) -> Conver
     Raises:
         ValueError: The row has another shape.
     """
-    turns = _value(row, options.column)
-    if not isinstance(turns, list) or not turns:
-        raise ValueError(f"{options.column}: expected a list of messages, got {_shown(turns)}")
+    turns = _turns(row, options.column)
     return Conversation(tuple(_message(t, f"{options.column}[{i}]") for i, t in enumerate(turns)))
+
+
+def sharegpt_example(row: Mapping[str, Any], options: ShareGPTOptions) -> Conversation:
+    """`{"conversations": [{"from": "human", "value": ...}, {"from": "gpt", ...}]}`; a turn may
+    say `"train": false`, as in `messages`.
+
+    Raises:
+        ValueError: The row has another shape.
+    """
+    turns = _turns(row, options.column)
+    return Conversation(tuple(_spoken(t, f"{options.column}[{i}]") for i, t in enumerate(turns)))
+
+
+def _turns(row: Mapping[str, Any], column: str) -> list[Any]:
+    turns = _value(row, column)
+    if not isinstance(turns, list) or not turns:
+        raise ValueError(f"{column}: expected a list of messages, got {_shown(turns)}")
+    return turns
+
+
+def _spoken(turn: Any, where: str) -> Message:
+    if not isinstance(turn, Mapping):
+        raise ValueError(f"{where}: expected {{from, value}}, got {_shown(turn)}")
+    if "from" not in turn and "role" in turn:
+        raise ValueError(
+            f"{where}: expected {{from, value}}, got {{role, content}}, which is the format "
+            f"messages with column = {where.partition('[')[0]!r}"
+        )
+    speaker = turn.get("from")
+    if not isinstance(speaker, str) or speaker not in SHAREGPT_ROLES:
+        hint = did_you_mean(str(speaker), SHAREGPT_ROLES)
+        known = listing(SHAREGPT_ROLES)
+        raise ValueError(f"{where}.from: {_shown(speaker)} is none of {known}{hint}")
+    others = {k: v for k, v in turn.items() if k not in ("from", "value")}
+    return _checked(SHAREGPT_ROLES[speaker], turn.get("value"), others, where, "value")
 
 
 def _message(turn: Any, where: str) -> Message:
     if not isinstance(turn, Mapping):
         raise ValueError(f"{where}: expected {{role, content}}, got {_shown(turn)}")
-    role, content = turn.get("role"), turn.get("content")
+    role = turn.get("role")
     if role not in ROLES:
         hint = did_you_mean(str(role), ROLES)
         raise ValueError(f"{where}.role: {_shown(role)} is none of {listing(ROLES)}{hint}")
+    others = {k: v for k, v in turn.items() if k not in ("role", "content")}
+    return _checked(role, turn.get("content"), others, where, "content")
+
+
+def _checked(
+    role: str, content: Any, others: Mapping[str, Any], where: str, content_key: str
+) -> Message:
+    """The turn, whose role is known to be one, and `others` what else it has."""
     if not isinstance(content, str):
-        raise ValueError(f"{where}.content: expected a string, got {_shown(content)}")
-    trained = turn.get("train")
+        raise ValueError(f"{where}.{content_key}: expected a string, got {_shown(content)}")
+    trained = others.get("train")
     if trained is not None and not isinstance(trained, bool):
         raise ValueError(f"{where}.train: expected true or false, got {_shown(trained)}")
     if trained and role != "assistant":
         raise ValueError(f"{where}.train: only an assistant's turn can be trained")
-    extra = {k: v for k, v in turn.items() if k not in ("role", "content", "train")}
-    return Message(role, content, trained, extra)
+    return Message(role, content, trained, {k: v for k, v in others.items() if k != "train"})
 
 
 def alpaca_example(row: Mapping[str, Any], options: AlpacaOptions) -> Conversation:

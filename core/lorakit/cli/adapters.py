@@ -84,11 +84,15 @@ def generate(
 ) -> None:
     """Answer TEXT with a trained run, an adapter or a model, through the chat template used in
     training."""
-    from lorakit.generation import stream_answer
+    from lorakit.context import prompt_notice
+    from lorakit.generation import prompt_ids, stream_answer
     from lorakit.trained import load_trained
 
     text = sys.stdin.read() if prompt == "-" else prompt
     trained = load_trained(run_or_adapter_or_model, device, full_precision=full_precision)
+    notice = prompt_notice(len(prompt_ids(trained.tokenizer, text)), trained.context)
+    if notice:
+        click.echo(f"warning: {notice}", err=True)
     pieces = stream_answer(
         trained.model,
         trained.tokenizer,
@@ -106,18 +110,23 @@ def generate(
 @click.argument("run_or_adapter_or_model")
 @click.option("--data", required=True, metavar="FILE", help="As data.path in a recipe.")
 @click.option(
-    "--format", "form", default="messages", show_default=True, help="The data set format."
+    "--format",
+    "form",
+    metavar="NAME",
+    help="The data set format; by default the run's, with its options, or messages without a run.",
 )
 @click.option("--device", default="auto", show_default=True)
 @click.option("--full-precision", is_flag=True, help=FULL_PRECISION)
 def eval_command(
-    run_or_adapter_or_model: str, data: str, form: str, device: str, full_precision: bool
+    run_or_adapter_or_model: str, data: str, form: str | None, device: str, full_precision: bool
 ) -> None:
     """Loss and perplexity over the trained tokens of a data file."""
     from lorakit.trained import evaluate, load_trained
 
     trained = load_trained(run_or_adapter_or_model, device, full_precision=full_precision)
     scores = evaluate(trained, data, form)
+    for loss in scores.losses:
+        click.echo(f"data: {loss}", err=True)
     click.echo(
         f"loss {scores.loss:.4f}  perplexity {scores.perplexity:.2f}  "
         f"over {scores.trained_tokens:,} tokens of {scores.rows:,} rows"

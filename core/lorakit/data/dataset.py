@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from attrs import define, field, frozen
+from attrs import define, evolve, field, frozen
 
+from lorakit.catalog import Catalog
 from lorakit.data.encode import Encoded, encode_example
+from lorakit.data.examples import make_example, other_formats
 from lorakit.data.files import find_data_files
 from lorakit.data.rows import Problem, Row, read_rows
 from lorakit.data.tokenizer import Tokenizer
@@ -15,6 +17,8 @@ from lorakit.records import DatasetFormat
 
 SHOWN_PROBLEMS = 10
 """Reading stops once so many rows are wrong: who has fixed those sees the next."""
+DATA_NAME = 'data.name = "{}"'
+"""How a recipe names a format."""
 
 
 @frozen
@@ -43,6 +47,7 @@ class Report:
         trained_tokens: Those of them with a label.
         truncated: Rows whose end was cut off.
         dropped: Rows left out because they were too long.
+        untrained: Rows left out because nothing trained was left of them once they were cut.
     """
 
     files: int = 1
@@ -51,6 +56,7 @@ class Report:
     trained_tokens: int = 0
     truncated: int = 0
     dropped: int = 0
+    untrained: int = 0
     lengths: list[int] = field(factory=list, repr=False)
 
     def sentence(self, max_seq_len: int) -> str:
@@ -61,11 +67,21 @@ class Report:
             f"data: {self.rows:,} rows{files}, {self.tokens:,} tokens, of which "
             f"{self.trained_tokens:,} ({share:.0%}) are trained; longest row {max(self.lengths):,}"
         )
+        return "; ".join([text, *self.losses(max_seq_len)])
+
+    def losses(self, max_seq_len: int) -> list[str]:
+        """What was cut or left out, each as part of a sentence."""
+        found = []
         if self.truncated:
-            text += f"; {self.truncated:,} rows cut to {max_seq_len:,} tokens"
+            found.append(f"{self.truncated:,} rows cut to {max_seq_len:,} tokens")
         if self.dropped:
-            text += f"; {self.dropped:,} rows over {max_seq_len:,} tokens left out"
-        return text
+            found.append(f"{self.dropped:,} rows over {max_seq_len:,} tokens left out")
+        if self.untrained:
+            found.append(
+                f"{self.untrained:,} rows left out, of which no trained token remains once they "
+                f"are cut to {max_seq_len:,}"
+            )
+        return found
 
 
 def load_dataset(
@@ -75,6 +91,8 @@ def load_dataset(
     progress: Progress,
     *,
     first: int = 0,
+    catalog: Catalog | None = None,
+    setting: str = DATA_NAME,
 ) -> Dataset:
     """Reads and tokenizes the data files of a recipe.
 
@@ -84,22 +102,28 @@ def load_dataset(
         tokenizer: With the template training uses.
         progress: Counts rows.
         first: Stop once there are so many examples; 0 reads all.
+        catalog: Of formats to name where the rows are another's; None names none.
+        setting: How the user names a format, with `{}` for it.
 
     Raises:
         UserError: Rows are malformed, or have no trained token; one message names the first
-            ten of them.
+            ten of them.  Or the format is wrong.
     """
     files = find_data_files(options.path, progress, split=options.split, pattern=options.files)
     examples: list[Encoded] = []
     places: list[str] = []
     problems: list[Problem] = []
     report = Report(files=len(files))
+    first_row = ""
     with progress.task("tokenizing", unit="rows") as task:
         for row in read_rows(files):
             report.rows += 1
             task.advance()
             if isinstance(row, Row):
+                first_row = first_row or row.where
                 example = _example(row, form, options, tokenizer, report)
+                if isinstance(example, Problem) and not examples:
+                    example = _with_fix(example, row, form, catalog, setting)
                 if isinstance(example, Encoded):
                     examples.append(example)
                     places.append(row.where)
@@ -112,11 +136,7 @@ def load_dataset(
     if problems:
         raise _together(problems)
     if not examples:
-        raise UserError(
-            f"{options.path}: no row is left: all {report.rows} are over "
-            f"{options.max_seq_len} tokens",
-            "Raise data.max_seq_len, or set data.too_long to 'truncate'.",
-        )
+        raise _nothing_left(options, report, first_row)
     return Dataset(tuple(examples), tuple(places), report)
 
 
@@ -129,7 +149,7 @@ def _example(
 ) -> Encoded | Problem | None:
     """The row tokenized; None if it is left out."""
     try:
-        example = form.example(row.values, options)
+        example = make_example(form, row.values, options, row.where)
         encoded = encode_example(example, tokenizer, train_on_prompt=options.train_on_prompt)
     except ValueError as error:
         return Problem(f"{row.where}: {error}")
@@ -139,6 +159,19 @@ def _example(
         return Problem(error.message, error.fix)
 
 
+def _with_fix(
+    problem: Problem, row: Row, form: DatasetFormat, catalog: Catalog | None, setting: str
+) -> Problem:
+    """The problem with what may be the matter with all rows: they are another format's, or what
+    the file holds are no rows."""
+    names = other_formats(row.values, form, catalog) if catalog else []
+    fix = problem.fix or row.doubt
+    if names and not problem.fix:
+        settings = " or ".join(setting.format(name) for name in names)
+        fix = f"The row fits another format: use {settings}."
+    return evolve(problem, fix=fix)
+
+
 def _together(problems: list[Problem]) -> UserError:
     if len(problems) == 1:
         return UserError(problems[0].message, problems[0].fix)
@@ -146,6 +179,21 @@ def _together(problems: list[Problem]) -> UserError:
     lines = "\n".join(f"  {problem.message}" for problem in problems)
     fixes = dict.fromkeys(problem.fix for problem in problems if problem.fix)
     return UserError(f"data: {count} problems:\n{lines}", "\n  ".join(fixes))
+
+
+def _nothing_left(options: DataOptions, report: Report, first_row: str) -> UserError:
+    """The message where each row was left out."""
+    if report.untrained:
+        others = f", and so with all {report.rows:,} rows" if report.rows > 1 else ""
+        return UserError(
+            f"{first_row}: no trained token is left once the row is cut to "
+            f"{options.max_seq_len} tokens{others}",
+            "Raise data.max_seq_len.",
+        )
+    return UserError(
+        f"{options.path}: no row is left: all {report.rows} are over {options.max_seq_len} tokens",
+        "Raise data.max_seq_len, or set data.too_long to 'truncate'.",
+    )
 
 
 def _fit(encoded: Encoded, options: DataOptions, where: str, report: Report) -> Encoded | None:
@@ -165,11 +213,9 @@ def _fit(encoded: Encoded, options: DataOptions, where: str, report: Report) -> 
             return None
         encoded = encoded.truncated(options.max_seq_len)
         if not encoded.targets:
-            raise UserError(
-                f"{where}: no trained token is left once the row is cut to "
-                f"{options.max_seq_len} tokens",
-                "Raise data.max_seq_len, or set data.too_long to 'drop'.",
-            )
+            # Its prompt fills the row: one such row among thousands is no reason to stop.
+            report.untrained += 1
+            return None
         report.truncated += 1
     report.tokens += len(encoded)
     report.trained_tokens += encoded.targets

@@ -18,6 +18,7 @@ from lorakit.protocols import Progress
 SHIPPED = "lorakit:"
 SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
 KNOWN = f"{', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]}"
+TRAIN = "train"
 # What the data set libraries put beside the rows.
 NOT_ROWS = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")
 
@@ -82,7 +83,7 @@ def hub_data(path: str) -> HubId | None:
 
 
 def find_data_files(
-    path: str, progress: Progress, *, split: str = "train", pattern: str = ""
+    path: str, progress: Progress, *, split: str = TRAIN, pattern: str = ""
 ) -> list[DataFile]:
     """The files a `data.path` means, local, in the order in which they are read.
 
@@ -98,18 +99,32 @@ def find_data_files(
     """
     hub_id = hub_data(path)
     if hub_id is None:
-        return find_local_files(path, pattern)
+        return find_local_files(path, pattern, split=split)
     from lorakit.data.hub_files import fetch_data
 
     return fetch_data(hub_id, progress, split=split, pattern=pattern)
 
 
-def find_local_files(path: str, pattern: str = "") -> list[DataFile]:
+def find_local_files(path: str, pattern: str = "", *, split: str = TRAIN) -> list[DataFile]:
     """As `find_data_files`, of what is on this machine.
 
     Raises:
-        UserError: There is none, or one is in no format lorakit reads.
+        UserError: There is none, one is in no format lorakit reads, or a split is asked for.
     """
+    found = _local_files(path, pattern)
+    # All of them would be read in its place, the training rows among them.
+    if split != TRAIN:
+        shown = path if path.isprintable() else repr(path)
+        raise UserError(
+            f"data.split: {split!r} is of a data set on the hub, but data.path {shown} is on this "
+            "machine",
+            "Leave data.split out, and name the file of that split in data.path, or a glob over "
+            "its files in data.files.",
+        )
+    return found
+
+
+def _local_files(path: str, pattern: str) -> list[DataFile]:
     if path.startswith(SHIPPED):
         return [_shipped(path)]
     # A line break in a path would tear the message apart.
@@ -173,11 +188,11 @@ def _shipped(path: str) -> DataFile:
     return DataFile(found, path)
 
 
-def check_data_path(path: str, pattern: str = "") -> None:
+def check_data_path(path: str, pattern: str = "", split: str = TRAIN) -> None:
     """Judges a `data.path` by names alone, without opening a file or asking the hub.
 
     Raises:
         UserError: As `find_data_files`; a hub id is taken for one that exists.
     """
     if hub_data(path) is None:
-        find_local_files(path, pattern)
+        find_local_files(path, pattern, split=split)

@@ -8,24 +8,36 @@ import io
 import json
 import zlib
 from collections.abc import Iterable, Iterator
+from itertools import chain
 from pathlib import Path
 from typing import Any, TextIO
 
-from attrs import frozen
+from attrs import evolve, frozen
 
 from lorakit.data.files import DataFile, suffix_of
 
 PARQUET_BATCH = 1024
 # The csv module refuses longer fields; documents have them.
 LONGEST_FIELD = 2**31 - 1
+LIST_EXPECTED = "expected is [{...}, ...], or an object a line"
+DELIMITERS = (";", "\t")
+"""Of tables that are called .csv all the same: spreadsheets write the first where the comma is the
+decimal point."""
 
 
 @frozen
 class Row:
-    """A row and where it stands: `data.jsonl, line 3`."""
+    """A row and where it stands.
+
+    Attributes:
+        where: `data.jsonl, line 3`.
+        values: By key.
+        doubt: What may be wrong with the file, if the row turns out to be none; or empty.
+    """
 
     where: str
     values: dict[str, Any]
+    doubt: str = ""
 
 
 @frozen
@@ -95,12 +107,18 @@ def _json(file: DataFile) -> Iterator[Row | Problem]:
     start = text.lstrip()
     if not start:
         return
-    if start.startswith("{") and _is_object(start.partition("\n")[0]):
-        yield from _lines(io.StringIO(text), file.name)
+    first, _, rest = start.partition("\n")
+    if start.startswith("{") and _is_object(first):
+        # A sole object may be a row, or what somebody has wrapped the rows in.
+        doubt = "" if rest.strip() else f"The file holds one object: {LIST_EXPECTED}."
+        for row in _lines(io.StringIO(text), file.name):
+            yield evolve(row, doubt=doubt) if isinstance(row, Row) else row
         return
     values = _parse(text, one_line=False)
     if not isinstance(values, list):
-        raise _Unreadable(f"expected a list of objects, got {type(values).__name__}")
+        raise _Unreadable(
+            f"expected a list of objects, got {type(values).__name__}: {LIST_EXPECTED}"
+        )
     for number, value in enumerate(values, 1):
         yield _row(value, f"{file.name}, row {number}")
 
@@ -134,10 +152,11 @@ def _row(value: Any, where: str) -> Row | Problem:
 
 
 def _csv(file: DataFile) -> Iterator[Row | Problem]:
-    """The first line names the columns; every value is a string."""
+    """The first line names the columns, and shows what delimits them; every value is a string."""
     csv.field_size_limit(max(csv.field_size_limit(), LONGEST_FIELD))
     with _open(file.path, newline="") as lines:
-        reader = csv.reader(lines, strict=True)
+        first = lines.readline()
+        reader = csv.reader(chain([first], lines), strict=True, delimiter=_delimiter(first))
         try:
             header = next(reader, [])
             if len(set(header)) < len(header):
@@ -153,6 +172,23 @@ def _csv(file: DataFile) -> Iterator[Row | Problem]:
                     )
         except csv.Error as error:
             raise _Unreadable(f"line {reader.line_num}: not valid CSV: {error}") from None
+
+
+def _delimiter(header: str) -> str:
+    """A comma, unless the header has none and is several columns by another delimiter."""
+    columns = {delimiter: _columns(header, delimiter) for delimiter in (",", *DELIMITERS)}
+    if columns[","] > 1:
+        return ","
+    # The first of those with the most columns; of a sole column that is the comma.
+    return max(columns, key=lambda delimiter: columns[delimiter])
+
+
+def _columns(header: str, delimiter: str) -> int:
+    """How many there are; 0 if it is no line of a table, such as one within quotes."""
+    try:
+        return len(next(csv.reader([header], strict=True, delimiter=delimiter), []))
+    except csv.Error:
+        return 0
 
 
 def _parquet(file: DataFile) -> Iterator[Row | Problem]:

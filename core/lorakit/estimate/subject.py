@@ -98,9 +98,8 @@ def measured_micro_batch(
     if not any("tokenizer" in name or "tekken" in name for name in checkpoint.files()):
         return None
     tokenizer = load_tokenizer(checkpoint.files(), str(checkpoint.path))
-    dataset = load_dataset(
-        recipe.data.record, data, tokenizer.with_template(data.chat_template), progress
-    )
+    tokenizer = tokenizer.with_template(data.chat_template)
+    dataset = load_dataset(recipe.data.record, data, tokenizer, progress, catalog=recipe.catalog)
     return largest_micro_batch(batch_plan(recipe, dataset), recipe)
 
 

@@ -7,9 +7,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from lorakit.data.examples import type_problem
 from lorakit.options import DataOptions
 from lorakit.progress import SilentProgress
-from lorakit.protocols import Conversation, Text
+from lorakit.protocols import Text
 from lorakit.records import DatasetFormat, ModelSource, WeightFormat
 from lorakit.testing.failure import ensure
 from lorakit.testing.offers import check_offer, make_options
@@ -22,6 +23,8 @@ JUNK_ROWS: tuple[dict[str, Any], ...] = (
     {"messages": [None, 1, "x"], "text": ["x"], "instruction": 1.5, "output": True},
     {"messages": [{"role": 1, "content": []}]},
     {"messages": {"role": "user"}},
+    {"conversations": [None]},
+    {"conversations": [{"from": [], "value": 1}]},
 )
 _UNCLAIMED = ("no/such/thing", "nothing:like/this", "C:\\none", "a" * 5000, "\0", "~no_such_user/x")
 
@@ -54,10 +57,10 @@ def check_dataset(
     if row is None:
         return
     found = record.example(row, chosen)
+    ensure(not type_problem(found), f"example: {type_problem(found)}")
     if isinstance(found, Text):
         ensure(found.text, "example: the sample row gives an empty text")
         return
-    ensure(isinstance(found, Conversation), f"example: returns {type(found).__name__}")
     messages = found.messages
     ensure(messages, "example: the sample row gives a conversation without messages")
     unknown = [m.role for m in messages if m.role not in ROLES]
