@@ -6,6 +6,9 @@ only the keys that core reads itself.
 
 from __future__ import annotations
 
+import re
+from typing import Any
+
 import attrs
 from attrs import field, frozen
 from attrs.validators import ge, gt, in_, le, lt, min_len
@@ -15,6 +18,20 @@ from lorakit.errors import did_you_mean, listing
 LOCAL_PATH = {"local_path": True}
 """`field(default="", metadata=LOCAL_PATH)`: the option is a path of this machine, never a hub's.  A
 run writes it down absolute, so that it is the same place from every directory."""
+
+DEVICES = ("auto", "cpu", "mps", "cuda", "cuda:N")
+
+
+def check_device(_: Any, __: Any, name: str) -> None:
+    """A validator, of a device's name; whether the machine has it is not looked at.
+
+    Raises:
+        ValueError: No device is called so.
+    """
+    if not re.fullmatch(r"auto|cpu|mps|cuda(:[0-9]+)?", name):
+        # difflib finds "cpu" nearest.
+        hint = " (did you mean 'cuda'?)" if name == "gpu" else ""
+        raise ValueError(f'"{name}" is none of {listing(DEVICES)}{hint}')
 
 
 @frozen(kw_only=True)

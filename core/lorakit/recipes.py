@@ -10,11 +10,11 @@ from typing import Any
 
 import tomli
 from attrs import define, evolve, field, frozen
-from attrs.validators import ge, matches_re, min_len
+from attrs.validators import ge, min_len
 
 from lorakit.catalog import KINDS, Catalog, load_catalog
 from lorakit.errors import RecipeError, UserError, did_you_mean, listing
-from lorakit.options import SampleOptions, ScheduleOptions, TrainingOptions
+from lorakit.options import SampleOptions, ScheduleOptions, TrainingOptions, check_device
 from lorakit.recipe_files import RecipeFile, deep_merge, find_recipe
 from lorakit.records import Offer
 from lorakit.structuring import describe_value, structure, unstructure
@@ -34,10 +34,7 @@ class RunOptions:
     summary: str = ""
     output: str = field(validator=min_len(1))
     seed: int = field(default=0, validator=ge(0))
-    device: str = field(
-        default="auto",
-        validator=matches_re(r"auto|cpu|mps|cuda(:\d+)?"),
-    )
+    device: str = field(default="auto", validator=check_device)
 
 
 @frozen

@@ -3,8 +3,34 @@
 from __future__ import annotations
 
 import sys
+from typing import Any
 
 import click
+
+from lorakit.errors import UserError
+
+
+def _checked_device(_: click.Context, __: click.Parameter, name: str) -> str:
+    # Only now, and before torch has loaded: options come with attrs.
+    from lorakit.options import check_device
+
+    try:
+        check_device(None, None, name)
+    except ValueError as error:
+        raise UserError(f"--device: {error}") from None
+    return name
+
+
+def _device_option(help_text: str) -> Any:
+    return click.option(
+        "--device",
+        default="auto",
+        show_default=True,
+        metavar="NAME",
+        callback=_checked_device,
+        help=help_text,
+    )
+
 
 FULL_PRECISION = "Do not quantize a base that the adapter was trained over quantized."
 
@@ -23,7 +49,7 @@ FULL_PRECISION = "Do not quantize a base that the adapter was trained over quant
 @click.option(
     "--no-divergence", is_flag=True, help="Do not compare the two with the trained model."
 )
-@click.option("--device", default="auto", show_default=True, help="Where they are compared.")
+@_device_option("Where they are compared.")
 def merge(
     run_or_adapter: str,
     output: str | None,
@@ -71,7 +97,7 @@ def merge(
     help="0 takes the likeliest token each time.",
 )
 @click.option("--seed", default=0, show_default=True, help="Of the draws.")
-@click.option("--device", default="auto", show_default=True)
+@_device_option("auto, cpu, mps, cuda or cuda:N.")
 @click.option("--full-precision", is_flag=True, help=FULL_PRECISION)
 def generate(
     run_or_adapter_or_model: str,
@@ -108,7 +134,7 @@ def generate(
 @click.option(
     "--format", "form", default="messages", show_default=True, help="The data set format."
 )
-@click.option("--device", default="auto", show_default=True)
+@_device_option("auto, cpu, mps, cuda or cuda:N.")
 @click.option("--full-precision", is_flag=True, help=FULL_PRECISION)
 def eval_command(
     run_or_adapter_or_model: str, data: str, form: str, device: str, full_precision: bool
