@@ -78,6 +78,16 @@ def near_path(path: Path) -> str:
     return f" (did you mean {near[0] if missing is path else str(parent / near[0])!r}?)"
 
 
+def looks_local(path: Path) -> bool:
+    """Whether a path that does not exist was likely meant for one of this machine: it would lie
+    in a directory that is here, or is like something that is."""
+    try:
+        beside = path.parent != Path() and path.parent.is_dir()
+    except OSError:
+        return False
+    return beside or near_path(path) != ""
+
+
 def listing(names: Iterable[str], none: str = "none") -> str:
     """`a, b and c`, for use in a sentence."""
     names = list(names)

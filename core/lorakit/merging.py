@@ -17,7 +17,7 @@ import torch
 from attrs import frozen
 from torch import Tensor
 
-from lorakit.atomic import replaced_directory, write_bytes
+from lorakit.atomic import replaced_directory, why_not_writable, write_bytes
 from lorakit.errors import RunError, UserError
 from lorakit.protocols import BaseCheckpoint, Progress, TensorSpec
 from lorakit.records import AdapterMethod
@@ -130,11 +130,14 @@ def merge_adapter(
             on other weights than are stored, as on quantized ones.
 
     Raises:
-        UserError: The directory holds something, the disk has too little room, or the adapter
-            has a layer that the base lacks.
+        UserError: The directory holds something or cannot be made, the disk has too little room,
+            or the adapter has a layer that the base lacks.
         RunError: Writing failed; the directory is as it was.
     """
-    if not replace and directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+    why = why_not_writable(directory)
+    if why:
+        raise UserError(f"{directory} cannot be made: {why}", "Name another --output.")
+    if not replace and directory.exists() and any(directory.iterdir()):
         raise UserError(f"{directory} exists and is not empty", "Name another --output.")
     merged = Merge(method, options, tensors, base_weight)
     plan = plan_shards(base)

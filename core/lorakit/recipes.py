@@ -13,7 +13,7 @@ from attrs import define, evolve, field, frozen
 from attrs.validators import ge, min_len
 
 from lorakit.catalog import KINDS, Catalog, load_catalog
-from lorakit.errors import RecipeError, UserError, did_you_mean, listing
+from lorakit.errors import RecipeError, UserError, did_you_mean, listing, near_path
 from lorakit.options import SampleOptions, ScheduleOptions, TrainingOptions, check_device
 from lorakit.recipe_files import RecipeFile, deep_merge, find_recipe
 from lorakit.records import Offer
@@ -302,8 +302,9 @@ class _Resolver:
             if not any(source.claims(model) for source in sources):
                 examples = listing([e for source in sources for e in source.examples])
                 self.problems.append(
-                    f"model.path: {describe_value(model)} is no directory or file "
-                    f"here, and of no other model source (such paths look like: {examples})"
+                    f"model.path: {describe_value(model)} is no directory or file here"
+                    f"{near_path(Path(model))}, and of no other model source (such paths look "
+                    f"like: {examples})"
                 )
         if data:
             self.problems += data_path_problems(data, _string_of(table["data"], "files"))

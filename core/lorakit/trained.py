@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from lorakit.adapters import (
     read_adapter,
 )
 from lorakit.base_model import (
+    BaseModel,
     load_weights,
     open_base_model,
     resolve_device,
@@ -26,10 +28,11 @@ from lorakit.catalog import Catalog, load_catalog
 from lorakit.data.batches import make_batch
 from lorakit.data.dataset import load_dataset
 from lorakit.data.tokenizer import Tokenizer
-from lorakit.errors import RecipeError, UserError
+from lorakit.errors import RecipeError, UserError, near_path
 from lorakit.loss import batch_loss
 from lorakit.options import AdapterOptions
 from lorakit.progress import TerminalProgress
+from lorakit.protocols import Progress
 from lorakit.records import AdapterMethod, DatasetFormat
 
 
@@ -70,10 +73,10 @@ def load_trained(path: str, device_name: str = "auto", *, full_precision: bool =
     catalog = load_catalog()
     device = resolve_device(device_name)
     progress = TerminalProgress()
-    directory = find_adapter(Path(path).expanduser())
+    directory = find_adapter(Path(os.path.expanduser(path)))
     adapter = read_adapter(directory, catalog) if directory else None
     base = open_base_of(adapter, catalog, progress) if adapter else None
-    base = base or open_base_model(path, catalog, progress)
+    base = base or _named_base(path, catalog, progress)
     precision = catalog.defaults("precision")[0]
     resolved = precision.resolve(device, precision.options())
     quantization = None if full_precision else quantization_of(adapter, catalog)
@@ -88,6 +91,14 @@ def load_trained(path: str, device_name: str = "auto", *, full_precision: bool =
         tokenizer = tokenizer_of(adapter, base)
     base.model.eval()
     return Trained(base.model, tokenizer, device, catalog)
+
+
+def _named_base(path: str, catalog: Catalog, progress: Progress) -> BaseModel:
+    try:
+        return open_base_model(path, catalog, progress)
+    except UserError as error:
+        # It was an argument, not a recipe's key.
+        raise UserError(error.message.removeprefix("model.path: "), error.fix) from error
 
 
 def load_start(
@@ -108,9 +119,11 @@ def load_start(
     path = options.path if isinstance(options, AdapterOptions) else ""
     if not path:
         return
-    directory = find_adapter(Path(path).expanduser())
+    directory = find_adapter(Path(os.path.expanduser(path)))
     if directory is None:
-        raise UserError(f"adapter.path: {path} is no run and no adapter directory")
+        raise UserError(
+            f"adapter.path: {path} is no run and no adapter directory{near_path(Path(path))}"
+        )
     saved = read_adapter(directory, catalog)
     if saved.method is not method:
         raise UserError(f"adapter.path: {directory} is of the method {saved.method.name!r}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -38,3 +39,60 @@ def test_a_device_that_nobody_has(command: tuple[str, ...], cli: Cli) -> None:
 def test_a_recipes_device(make_recipe: Callable[..., str], cli: Cli) -> None:
     message = message_of(cli("train", make_recipe(device="xyz")))
     assert 'device: "xyz" is none of auto, cpu, mps, cuda and cuda:N' in message
+
+
+# /proc refuses even root; a name may have 255 letters.
+@pytest.mark.parametrize("place", ["/proc/a", "/proc/a/b", "taken/a", "x" * 300])
+def test_a_place_that_cannot_be_written(
+    place: str,
+    cli: Cli,
+    train_run: Callable[..., Path],
+    make_recipe: Callable[..., str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    if place.startswith("/proc") and not Path("/proc/self").exists():
+        pytest.skip("no /proc here")
+    monkeypatch.chdir(tmp_path)
+    Path("taken").write_text("precious", encoding="utf-8")
+    run, reference = train_run(), make_recipe()
+    for command in (
+        ("recipes", "copy", "quickstart", f"{place}.toml"),
+        ("merge", run, "--output", place),
+        ("train", reference, "--output", place),
+    ):
+        message = message_of(cli(*command))
+        assert place in message
+        assert "Name another " in message or "File name too long" in message
+    assert Path("taken").read_text(encoding="utf-8") == "precious"
+    assert len(list(tmp_path.iterdir())) == 3
+
+
+@pytest.mark.parametrize("path", ["x" * 300, "~nobody-is-called-so/run"])
+def test_a_path_that_nothing_can_have(path: str, cli: Cli, make_recipe: Callable[..., str]) -> None:
+    for command in (
+        ("generate", path, "--prompt", "a"),
+        ("eval", path, "--data", "a.jsonl"),
+        ("merge", path, "--output", "out"),
+        ("recipes", "list", path),
+        ("train", f"{path}.toml"),
+        ("train", make_recipe(adapter={"path": path})),
+        ("train", make_recipe(), "--resume", "--output", path),
+    ):
+        assert path in message_of(cli(*command))
+
+
+def test_a_typo_in_a_runs_name(
+    cli: Cli, make_recipe: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs" / "mine").mkdir(parents=True)
+    message = message_of(cli("generate", "runs/mien", "--prompt", "a"))
+    assert message.startswith("runs/mien: no such path here (did you mean 'mine'?)")
+    message = message_of(cli("merge", "runs/mien", "--output", "out"))
+    assert "runs/mien is no run and no adapter directory (did you mean 'mine'?)" in message
+    message = message_of(cli("train", make_recipe(adapter={"path": "runs/mien"})))
+    assert "adapter.path: runs/mien is no run" in message
+    assert "(did you mean 'mine'?)" in message
+    message = message_of(cli("train", make_recipe(), "--set", "model.path=run"))
+    assert "no directory or file here (did you mean 'runs'?)" in message
