@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
@@ -356,9 +357,10 @@ def _fit(
             stop=stop,
         )
     if stop.is_set() and state.step < run.total_steps:
+        reference = shlex.quote(f"{recipe.output / RECIPE}:{recipe.name}")
         raise Interrupted(
             f"stopped at step {state.step} of {run.total_steps}, and saved; go on with: "
-            f"lorakit train {recipe.output / RECIPE}:{recipe.name} --resume"
+            f"lorakit train {reference} --resume"
         )
 
 

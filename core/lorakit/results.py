@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import json
+import re
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -51,6 +52,7 @@ def write_merged(run: Run, directory: Path, progress: Progress) -> None:
 def summary(run: Run, state: TrainState) -> str:
     """What the run came to, and what to do with it."""
     output = run.recipe.output
+    quoted = shlex.quote(str(output))
     lines = [
         f"done: {state.step} steps, {state.tokens:,} tokens, last loss {state.loss:.4f}",
         f"  adapter:         {output / ADAPTER}",
@@ -58,11 +60,17 @@ def summary(run: Run, state: TrainState) -> str:
     if run.recipe.checkpointer.options.save_merged:
         lines.append(f"  merged model:    {output / MERGED}")
     else:
-        lines.append(f"  merge it:        lorakit merge {output} --output {output / MERGED}")
+        merged = shlex.quote(str(output / MERGED))
+        lines.append(f"  merge it:        lorakit merge {quoted} --output {merged}")
     lines.append(f"  serve with vLLM: {run.serving_advice()}")
     question = run.recipe.samples.prompts[0] if run.recipe.samples.prompts else "..."
-    lines.append(f"  ask it yourself: lorakit generate {output} --prompt {json.dumps(question)}")
+    lines.append(f"  ask it yourself: lorakit generate {quoted} --prompt {_quoted(question)}")
     return "\n".join(lines)
+
+
+def _quoted(question: str) -> str:
+    """For a shell; in the quotes a reader expects where they keep the text as it is."""
+    return shlex.quote(question) if re.search(r'["$`\\!]', question) else f'"{question}"'
 
 
 def _origin(recipe: Recipe) -> Mapping[str, Any]:

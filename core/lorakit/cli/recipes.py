@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 
 import click
@@ -64,7 +65,8 @@ def copy(name: str, dest: str) -> None:
     except OSError as error:
         why = why_not_writable(target.parent) or error.strerror
         raise UserError(f"{target} cannot be written: {why}", "Name another DEST.") from None
-    click.echo(f"wrote {target}; train it with: lorakit train {target}:{recipe}")
+    reference = shlex.quote(f"{target}:{recipe}")
+    click.echo(f"wrote {target}; train it with: lorakit train {reference}")
 
 
 @recipes.command()
