@@ -8,6 +8,7 @@ the full key and one bad value must not hide the next.  cattrs' default converte
 from __future__ import annotations
 
 import json
+import math
 import types
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar, Union, get_args, get_origin
@@ -70,6 +71,9 @@ def _strict(kind: type, accepted: tuple[type, ...]) -> Any:
         if isinstance(value, bool) and kind is not bool:
             raise _WrongType
         if not isinstance(value, accepted):
+            raise _WrongType
+        # TOML has inf and nan, and reads 1e400 as inf; no option means anything by them.
+        if isinstance(value, float) and not math.isfinite(value):
             raise _WrongType
         return kind(value)
 
@@ -175,8 +179,7 @@ def _structure_value(field: attrs.Attribute[Any], raw: Any, key: str) -> tuple[A
     try:
         value = _converter.structure(raw, kind)
     except (_WrongType, cattrs.BaseValidationError, TypeError, ValueError, OverflowError):
-        expected = describe_type(kind)
-        return None, [f"{key}: expected {expected}, got {describe_value(raw)}"]
+        return None, [f"{key}: {_expected(kind, raw)}"]
     if field.validator is not None:
         try:
             field.validator(None, field, value)
@@ -189,6 +192,13 @@ def _structure_value(field: attrs.Attribute[Any], raw: Any, key: str) -> tuple[A
     return value, []
 
 
+def _expected(kind: Any, value: Any) -> str:
+    expected = describe_type(kind)
+    if expected == "a number" and isinstance(value, float):
+        expected = "a finite number"
+    return f"expected {expected}, got {describe_value(value)}"
+
+
 def _entry_problems(kind: Any, raw: Any, key: str) -> list[str]:
     """One line for each value of a table that is of another type than all must be."""
     if not isinstance(raw, Mapping):
@@ -199,8 +209,7 @@ def _entry_problems(kind: Any, raw: Any, key: str) -> list[str]:
         try:
             _converter.structure(value, member)
         except (_WrongType, cattrs.BaseValidationError, TypeError, ValueError, OverflowError):
-            expected = describe_type(member)
-            problems.append(f"{key}.{name}: expected {expected}, got {describe_value(value)}")
+            problems.append(f"{key}.{name}: {_expected(member, value)}")
     return problems
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -94,6 +95,13 @@ def test_all_problems_at_once(make_recipe: MakeRecipe, cli: Callable[..., Any]) 
         ),
         ("samples", {"prompts": "Why?"}, 'samples.prompts: expected a list of strings, got "Why?"'),
         ("optimizer", {"lr": 0.0}, "optimizer.lr: must be > 0.0: 0.0"),
+        ("optimizer", {"lr": math.inf}, "optimizer.lr: expected a finite number, got inf"),
+        ("optimizer", {"lr": math.nan}, "optimizer.lr: expected a finite number, got nan"),
+        (
+            "adapter",
+            {"alpha_pattern": {"q_proj": math.inf}},
+            "adapter.alpha_pattern.q_proj: expected a finite number, got inf",
+        ),
         ("optimizer", {"lr": 10**400}, "optimizer.lr: expected a number, got 1000"),
         ("data", {"max_seq_len": 8.7}, "data.max_seq_len: expected a whole number, got 8.7"),
         (
