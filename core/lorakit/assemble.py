@@ -28,7 +28,7 @@ from lorakit.profiling import profiled
 from lorakit.progress import TerminalProgress
 from lorakit.protocols import Precision, Progress, RunInfo, SnapshotStore
 from lorakit.recipes import Recipe
-from lorakit.results import summary, write_merged, write_results
+from lorakit.results import check_room_for_merged, summary, write_merged, write_results
 from lorakit.run_directory import (
     ADAPTER,
     MERGED,
@@ -183,6 +183,7 @@ def assemble(
         check_compiler(device)
     precision = recipe.precision.record.resolve(device, recipe.precision.options)
     base = open_base_model(recipe.model.options.path, recipe.catalog, progress, family=recipe.model)
+    check_room_for_merged(recipe, base.checkpoint)
     data = recipe.data.options
     tokenizer = base.tokenizer.with_template(data.chat_template)
     dataset = load_dataset(recipe.data.record, data, tokenizer, progress)

@@ -88,6 +88,14 @@ def looks_local(path: Path) -> bool:
     return beside or near_path(path) != ""
 
 
+def disk_size(size: int) -> str:
+    """Bytes as disks are sold: `3.9 GB`, `12.0 kB`."""
+    for unit, name in ((10**9, "GB"), (10**6, "MB"), (10**3, "kB")):
+        if size >= unit:
+            return f"{size / unit:,.1f} {name}"
+    return f"{size} bytes"
+
+
 def listing(names: Iterable[str], none: str = "none") -> str:
     """`a, b and c`, for use in a sentence."""
     names = list(names)

@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 from lorakit.adapters import adapter_tensors, group_by_layer, write_adapter
 from lorakit.local_paths import with_absolute_paths
-from lorakit.merging import merge_adapter
-from lorakit.protocols import Progress
+from lorakit.merging import check_room, merge_adapter
+from lorakit.protocols import BaseCheckpoint, Progress
 from lorakit.recipes import Recipe, section_table
 from lorakit.run_directory import ADAPTER, MERGED
 from lorakit.state import TrainState
+from lorakit.weights.shard_plan import plan_bytes, plan_shards
 
 if TYPE_CHECKING:
     from lorakit.assemble import Run
@@ -31,6 +32,20 @@ def write_results(run: Run, progress: Progress) -> None:
     )
     if run.recipe.checkpointer.options.save_merged:
         write_merged(run, run.recipe.output / MERGED, progress)
+
+
+def check_room_for_merged(recipe: Recipe, base: BaseCheckpoint) -> None:
+    """Refuses a run at whose end there would be no room for the merged model.
+
+    Raises:
+        UserError: The recipe asks for one, and the disk has too little left.
+    """
+    if recipe.checkpointer.options.save_merged:
+        check_room(
+            recipe.output / MERGED,
+            plan_bytes(plan_shards(base)),
+            "Set checkpointer.save_merged = false, or name an --output on another disk.",
+        )
 
 
 def write_merged(run: Run, directory: Path, progress: Progress) -> None:
