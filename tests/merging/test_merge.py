@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 
 from lorakit.catalog import load_catalog
 from lorakit.cli import main
-from lorakit.errors import RunError, UserError, disk_size
+from lorakit.errors import UserError, disk_size
 from lorakit.mergeable import merge_trained
 from lorakit.merging import merge_adapter
 from lorakit.progress import SilentProgress
