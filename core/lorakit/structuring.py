@@ -17,6 +17,7 @@ import attrs
 import cattrs
 
 from lorakit.errors import did_you_mean, listing
+from lorakit.foreign_names import ours
 
 T = TypeVar("T")
 
@@ -146,7 +147,7 @@ def structure(cls: type[T], table: Mapping[str, Any], where: str) -> tuple[T | N
     for key in table:
         if key not in fields:
             known = listing(fields, none="no key here")
-            hint = did_you_mean(key, fields)
+            hint = ours(key, where, fields) or did_you_mean(key, fields)
             problems.append(f"{prefix}{key}: unknown key{hint or f' (known: {known})'}")
 
     for name, field in fields.items():
@@ -219,6 +220,10 @@ def _validator_message(field: attrs.Attribute[Any], value: Any, error: Exception
     if options is not None:
         choices = [str(o) for o in options]
         hint = did_you_mean(str(value), choices)
+        numbers = [o for o in options if isinstance(o, (int, float))]
+        if numbers and isinstance(value, (int, float)):
+            # By value, for 2048 is near to 48 only as letters.
+            hint = f" (did you mean {min(numbers, key=lambda o: abs(o - value))}?)"
         return f"{describe_value(value)} is none of {listing(choices)}{hint}"
     message = str(error.args[0]) if error.args else str(error)
     message = message.removeprefix(f"'{field.name}' ")
