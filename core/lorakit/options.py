@@ -11,7 +11,7 @@ from typing import Any
 
 import attrs
 from attrs import field, frozen
-from attrs.validators import ge, gt, in_, le, lt, min_len
+from attrs.validators import ge, gt, in_, le, lt
 
 from lorakit.errors import did_you_mean, listing
 
@@ -34,6 +34,16 @@ def check_device(_: Any, __: Any, name: str) -> None:
         raise ValueError(f'"{name}" is none of {listing(DEVICES)}{hint}')
 
 
+def not_empty(_: Any, __: Any, value: str) -> None:
+    """A validator, of text that must say something.
+
+    Raises:
+        ValueError: It is empty.
+    """
+    if not value:
+        raise ValueError('must not be empty: ""')
+
+
 @frozen(kw_only=True)
 class NoOptions:
     """A section with no key but `name`."""
@@ -47,7 +57,7 @@ class ModelOptions:
         path: A directory, a file, or a path of another model source.
     """
 
-    path: str = field(validator=min_len(1))
+    path: str = field(validator=not_empty)
 
 
 @frozen(kw_only=True)
@@ -110,8 +120,8 @@ class DataOptions:
         shuffle: Visit the rows in a new order each epoch, a function of (seed, epoch).
     """
 
-    path: str = field(validator=min_len(1))
-    split: str = field(default="train", validator=min_len(1))
+    path: str = field(validator=not_empty)
+    split: str = field(default="train", validator=not_empty)
     files: str = ""
     max_seq_len: int = field(default=2048, validator=ge(2))
     too_long: str = field(default="truncate", validator=in_(("truncate", "drop", "error")))

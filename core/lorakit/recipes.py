@@ -10,11 +10,12 @@ from typing import Any
 
 import tomli
 from attrs import define, evolve, field, frozen
-from attrs.validators import ge, min_len
+from attrs.validators import ge
 
 from lorakit.catalog import KINDS, Catalog, load_catalog
 from lorakit.errors import RecipeError, UserError, did_you_mean, listing, near_path
-from lorakit.options import SampleOptions, ScheduleOptions, TrainingOptions, check_device
+from lorakit.foreign_names import ours
+from lorakit.options import SampleOptions, ScheduleOptions, TrainingOptions, check_device, not_empty
 from lorakit.recipe_files import RecipeFile, deep_merge, find_recipe
 from lorakit.records import Offer
 from lorakit.structuring import describe_value, structure, unstructure
@@ -32,7 +33,7 @@ class RunOptions:
     """
 
     summary: str = ""
-    output: str = field(validator=min_len(1))
+    output: str = field(validator=not_empty)
     seed: int = field(default=0, validator=ge(0))
     device: str = field(default="auto", validator=check_device)
 
@@ -204,7 +205,8 @@ class _Resolver:
         for key, value in table.items():
             if key not in sections and key not in run_keys:
                 word = "section" if isinstance(value, dict) else "key"
-                hint = did_you_mean(key, known) or f" (known: {listing(known)})"
+                hint = ours(key, "", known) or did_you_mean(key, known)
+                hint = hint or f" (known: {listing(known)})"
                 self.problems.append(f"{key}: unknown {word}{hint}")
 
         values: dict[str, Any] = {"run": self._own(RunOptions, {k: table[k] for k in run_keys}, "")}

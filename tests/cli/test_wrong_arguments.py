@@ -96,3 +96,9 @@ def test_a_typo_in_a_runs_name(
     assert "(did you mean 'mine'?)" in message
     message = message_of(cli("train", make_recipe(), "--set", "model.path=run"))
     assert "no directory or file here (did you mean 'runs'?)" in message
+
+
+def test_fewer_rows_than_none(cli: Cli, make_recipe: Callable[..., str]) -> None:
+    done = cli("preview", make_recipe(), "--rows", -1)
+    assert done.status == 2
+    assert "'--rows': -1 is not in the range x>=0" in done.err

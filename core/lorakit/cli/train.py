@@ -56,7 +56,13 @@ def train(
 @click.command()
 @click.argument("recipe")
 @click.option("--set", "overrides", metavar="KEY=VALUE", multiple=True, help="As for train.")
-@click.option("--rows", default=2, show_default=True, help="How many rows to show.")
+@click.option(
+    "--rows",
+    default=2,
+    show_default=True,
+    type=click.IntRange(0),
+    help="How many rows to show.",
+)
 def preview(recipe: str, overrides: tuple[str, ...], rows: int) -> None:
     """Show the data of RECIPE as the model will see it: what is trained, what is cut."""
     from lorakit.recipes import parse_override, resolve_recipe
