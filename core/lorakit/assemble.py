@@ -17,7 +17,7 @@ from lorakit.data.batches import BatchPlan
 from lorakit.data.dataset import Dataset, load_dataset
 from lorakit.data.tokenizer import Tokenizer
 from lorakit.errors import Interrupted, UserError
-from lorakit.interrupts import stop_on_signals
+from lorakit.interrupts import saved_steps_told, stop_on_signals
 from lorakit.logs import LoggerGroup
 from lorakit.loop import Limits, Result, train, trainable_parameters
 from lorakit.modules.low_rank import set_fused
@@ -125,7 +125,7 @@ def run_recipe(
     Raises:
         UserError: The recipe's data, model or output is wrong, or the run cannot fit.
         RunError: The run failed.
-        Interrupted: A signal stopped it; it was saved.
+        Interrupted: A signal stopped it; it was saved, unless there was nothing to save yet.
     """
     store = _open_store(recipe)
     if resume:
@@ -133,6 +133,11 @@ def run_recipe(
     else:
         recipe = recipe.with_output(free_output(recipe.output, fixed_output))
         store = _open_store(recipe)
+    with saved_steps_told(store, _going_on(recipe)):
+        return _run(recipe, store, resume=resume, check_memory=check_memory)
+
+
+def _run(recipe: Recipe, store: SnapshotStore, *, resume: bool, check_memory: bool) -> Result:
     progress = TerminalProgress()
     run = assemble(recipe, progress, check_memory=check_memory)
     state = TrainState()
@@ -358,11 +363,16 @@ def _fit(
             stop=stop,
         )
     if stop.is_set() and state.step < run.total_steps:
-        reference = shlex.quote(f"{recipe.output / RECIPE}:{recipe.name}")
         raise Interrupted(
             f"stopped at step {state.step} of {run.total_steps}, and saved; go on with: "
-            f"lorakit train {reference} --resume"
+            f"{_going_on(recipe)}",
+            stop.number,
         )
+
+
+def _going_on(recipe: Recipe) -> str:
+    reference = shlex.quote(f"{recipe.output / RECIPE}:{recipe.name}")
+    return f"lorakit train {reference} --resume"
 
 
 def dry_run(recipe: Recipe) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
 from pathlib import Path
@@ -52,9 +53,16 @@ class RunError(LorakitError):
 
 
 class Interrupted(LorakitError):
-    """The user stopped the run; it was saved first, and `message` says how to go on."""
+    """A signal stopped the run; the message says what of it is saved, and how to go on.
 
-    exit_status = 130
+    Args:
+        message: Shown as it is.
+        number: The signal's; a shell and a scheduler expect 128 more as the exit status.
+    """
+
+    def __init__(self, message: str, number: int = signal.SIGINT) -> None:
+        super().__init__(message)
+        self.exit_status = 128 + number
 
 
 def did_you_mean(word: str, choices: Iterable[str], cutoff: float = 0.6) -> str:

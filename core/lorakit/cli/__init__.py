@@ -14,7 +14,7 @@ from lorakit.cli.estimate import estimate
 from lorakit.cli.plugins import plugins
 from lorakit.cli.recipes import recipes
 from lorakit.cli.train import preview, train
-from lorakit.errors import LorakitError, UserError, did_you_mean
+from lorakit.errors import Interrupted, LorakitError, UserError, did_you_mean
 
 
 class _Group(click.Group):
@@ -56,7 +56,7 @@ _OF_THE_PATH = {
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs the command line; exit status 0 done, 1 the run failed, 2 the input is wrong,
-    130 interrupted."""
+    130 interrupted, 143 terminated."""
     try:
         status = app.main(args=arguments, standalone_mode=False)
         sys.exit(status if isinstance(status, int) else 0)
@@ -67,7 +67,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         error.show()
         sys.exit(error.exit_code)
     except LorakitError as error:
-        word = "lorakit" if error.exit_status == 130 else "error"
+        word = "lorakit" if isinstance(error, Interrupted) else "error"
         print(f"{word}: {error}", file=sys.stderr)
         sys.exit(error.exit_status)
     except KeyboardInterrupt:
