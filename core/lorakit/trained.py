@@ -29,6 +29,7 @@ from lorakit.data.batches import make_batch
 from lorakit.data.dataset import load_dataset
 from lorakit.data.tokenizer import Tokenizer
 from lorakit.errors import RecipeError, UserError, near_path
+from lorakit.foreign_names import OURS
 from lorakit.loss import batch_loss
 from lorakit.options import AdapterOptions
 from lorakit.progress import TerminalProgress
@@ -131,7 +132,8 @@ def load_start(
         raise UserError(f"adapter.path: {directory} brings whole layers beside the adapter's own")
     there, here = method.to_config(saved.options, names), method.to_config(options, names)
     problems = [
-        f"{key}: {directory} has {there[key]!r}, the recipe comes to {here[key]!r}"
+        f"{OURS.get(key, f'adapter.{key}')}: {directory} has {there[key]!r}, the recipe comes to "
+        f"{here[key]!r}"
         for key in here
         # The same layers can be written in several ways; the tensors' names tell.
         if key != "target_modules" and there[key] != here[key]
