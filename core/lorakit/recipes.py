@@ -10,7 +10,7 @@ from typing import Any
 
 import tomli
 from attrs import define, evolve, field, frozen
-from attrs.validators import ge
+from attrs.validators import ge, le
 
 from lorakit.catalog import KINDS, Catalog, load_catalog
 from lorakit.errors import RecipeError, UserError, did_you_mean, listing, near_path
@@ -34,7 +34,8 @@ class RunOptions:
 
     summary: str = ""
     output: str = field(validator=not_empty)
-    seed: int = field(default=0, validator=ge(0))
+    # Multiplied to tell epochs apart, it still fits into the 64 bits of a generator's.
+    seed: int = field(default=0, validator=[ge(0), le(2**32 - 1)])
     device: str = field(default="auto", validator=check_device)
 
 

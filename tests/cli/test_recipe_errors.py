@@ -127,6 +127,7 @@ def test_wrong_value(section: str, values: Any, expected: str, problems_of: Any)
     [
         ("seed", True, "seed: expected a whole number, got true"),
         ("seed", -1, "seed: must be >= 0: -1"),
+        ("seed", 2**32, "seed: must be <= 4294967295: 4294967296"),
         ("output", "", 'output: must not be empty: ""'),
         ("device", "gpu", "device: "),
         ("adapter", "lora", 'adapter: expected a table, {name = "..."}, got "lora"'),

@@ -102,3 +102,11 @@ def test_fewer_rows_than_none(cli: Cli, make_recipe: Callable[..., str]) -> None
     done = cli("preview", make_recipe(), "--rows", -1)
     assert done.status == 2
     assert "'--rows': -1 is not in the range x>=0" in done.err
+
+
+def test_numbers_that_no_answer_can_be_drawn_with(cli: Cli) -> None:
+    message = message_of(cli("generate", "x", "--prompt", "a", "--temperature", "nan"))
+    assert message == "--temperature: expected a finite number, got nan"
+    done = cli("generate", "x", "--prompt", "a", "--seed", 2**64)
+    assert done.status == 2
+    assert "'--seed': " in done.err

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from typing import Any
 
@@ -19,6 +20,13 @@ def _checked_device(_: click.Context, __: click.Parameter, name: str) -> str:
     except ValueError as error:
         raise UserError(f"--device: {error}") from None
     return name
+
+
+def _checked_number(_: click.Context, parameter: click.Parameter, value: float) -> float:
+    # nan is in every range, for it is neither below nor above.
+    if math.isnan(value):
+        raise UserError(f"{parameter.opts[0]}: expected a finite number, got nan")
+    return value
 
 
 def _device_option(help_text: str) -> Any:
@@ -94,9 +102,12 @@ def merge(
     default=0.0,
     show_default=True,
     type=click.FloatRange(0.0, 5.0),
+    callback=_checked_number,
     help="0 takes the likeliest token each time.",
 )
-@click.option("--seed", default=0, show_default=True, help="Of the draws.")
+@click.option(
+    "--seed", default=0, show_default=True, type=click.IntRange(0, 2**32 - 1), help="Of the draws."
+)
 @_device_option("auto, cpu, mps, cuda or cuda:N.")
 @click.option("--full-precision", is_flag=True, help=FULL_PRECISION)
 def generate(
