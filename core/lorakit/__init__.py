@@ -44,8 +44,8 @@ def train(
         UserError: Something in the recipe, the data or the model is wrong.
         RunError: The run failed.
     """
-    from lorakit.assemble import run_recipe
     from lorakit.recipes import resolve_recipe
+    from lorakit.run import run_recipe
 
     resolved = resolve_recipe(recipe, overrides=overrides, output=output)
     return run_recipe(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -45,7 +46,7 @@ def open_base_of(adapter: SavedAdapter, catalog: Catalog, progress: Progress) ->
     named = str(adapter.config.get("base_model_name_or_path") or "")
     origin = str(adapter.origin.get("model", {}).get("path", ""))
     revision = adapter.config.get("revision")
-    here = Path(named).expanduser().exists()
+    here = os.path.exists(os.path.expanduser(named))
     pinned = f"{named}@{revision}" if named and revision and not here else named
     sources = catalog.all("model source")
     reasons = []

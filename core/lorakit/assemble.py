@@ -1,9 +1,7 @@
-"""From a resolved recipe to a finished run, top to bottom."""
+"""Everything a run is made of, out of a resolved recipe, top to bottom."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,46 +10,27 @@ from attrs import evolve, frozen
 from lorakit.adapters import adapter_config, apply_adapter
 from lorakit.base_model import BaseModel, load_weights, open_base_model, resolve_device
 from lorakit.blocks import checkpoint_blocks
-from lorakit.compilation import check_compiler, compilation_told, compile_blocks
+from lorakit.compilation import check_compiler, compile_blocks
 from lorakit.context import rows_notice
 from lorakit.data.batches import BatchPlan
 from lorakit.data.dataset import Dataset, load_dataset
 from lorakit.data.tokenizer import Tokenizer
-from lorakit.errors import Interrupted, UserError
-from lorakit.interrupts import stop_on_signals
-from lorakit.logs import LoggerGroup
-from lorakit.loop import Limits, Result, train, trainable_parameters
+from lorakit.errors import UserError
+from lorakit.loop import trainable_parameters
 from lorakit.modules.low_rank import set_fused
 from lorakit.offloading import offload_to_host
-from lorakit.optimizer import build_optimizer
 from lorakit.options import AUTO
-from lorakit.profiling import profiled
-from lorakit.progress import TerminalProgress
-from lorakit.protocols import Precision, Progress, RunInfo, SnapshotStore
+from lorakit.protocols import Precision, Progress
 from lorakit.recipes import Recipe
-from lorakit.results import summary, write_merged, write_results
-from lorakit.run_directory import (
-    ADAPTER,
-    MERGED,
-    PROFILE,
-    RECIPE,
-    check_not_over,
-    check_resumable,
-    free_output,
-    occupied,
-    write_recipe,
-)
+from lorakit.results import check_room_for_merged
+from lorakit.run_directory import ADAPTER
 from lorakit.runtime import is_large, tune_process
-from lorakit.samples import Samples
-from lorakit.schedule import lr_factor
 from lorakit.serving import serving_advice
-from lorakit.snapshot import restore_snapshot, take_snapshot
-from lorakit.state import TrainState
 from lorakit.trained import load_start
+from lorakit.weights.base import base_name
 
 if TYPE_CHECKING:
     from lorakit.estimate.rehearsal import MicroBatch
-from lorakit.weights.base import base_name
 
 
 @frozen
@@ -109,82 +88,6 @@ class Run:
         )
 
 
-def run_recipe(
-    recipe: Recipe,
-    *,
-    resume: bool = False,
-    fixed_output: bool = False,
-    check_memory: bool = True,
-) -> Result:
-    """Trains a resolved recipe and writes its run directory.
-
-    Args:
-        recipe: See `lorakit.recipes.resolve_recipe`.
-        resume: Continue the run in the output directory, from its last checkpoint.
-        fixed_output: The user named the output directory: it is an error for it to hold another
-            run.  Else the next free name beside it is taken.
-        check_memory: Refuse a run that cannot fit in memory.
-
-    Raises:
-        UserError: The recipe's data, model or output is wrong, or the run cannot fit.
-        RunError: The run failed.
-        Interrupted: A signal stopped it; it was saved.
-    """
-    recipe, notices = _with_output(recipe, resume=resume, fixed=fixed_output)
-    with occupied(recipe.output):
-        return _run(recipe, notices, resume=resume, check_memory=check_memory)
-
-
-def _with_output(recipe: Recipe, *, resume: bool, fixed: bool) -> tuple[Recipe, list[str]]:
-    """The recipe with the directory it goes to, and what the user should know of that."""
-    if resume:
-        check_resumable(recipe, _open_store(recipe))
-        return recipe, []
-    output = free_output(recipe.output, fixed)
-    if output == recipe.output:
-        return recipe, []
-    notice = f"output: {recipe.output} holds a run already (--resume continues it); using {output}"
-    return recipe.with_output(output), [notice]
-
-
-def _run(recipe: Recipe, notices: Sequence[str], *, resume: bool, check_memory: bool) -> Result:
-    store = _open_store(recipe)
-    progress = TerminalProgress()
-    run = assemble(recipe, progress, check_memory=check_memory)
-    run.notices.extend(notices)
-    state = TrainState()
-    optimizer = build_optimizer(
-        recipe.optimizer.record,
-        recipe.optimizer.options,
-        trainable_parameters(run.base.model),
-    )
-    if resume and store.steps():
-        restore_snapshot(run, optimizer, state, store.load(store.steps()[-1]))
-        check_not_over(state.step, run.total_steps)
-    write_recipe(recipe)
-
-    with LoggerGroup.open(recipe.loggers, recipe.output) as log:
-        _announce(run, log)
-        if state.step:
-            log.notice(f"resuming after step {state.step} of {run.total_steps}")
-        samples = Samples(recipe.samples, recipe.output, run.base.model, run.tokenizer)
-        samples.before(log, resumed=state.step > 0)
-        trained, everything = run.parameters
-        log.start(
-            RunInfo(
-                recipe.name, recipe.output, recipe, state.step, run.total_steps, trained, everything
-            )
-        )
-        _fit(run, optimizer, state, store, log, progress)
-        # Its state is saved; merging needs the room.
-        del optimizer
-        log.finish()
-        write_results(run, progress)
-        samples.after(log)
-        log.notice(summary(run, state))
-    return Result(recipe.output, state.step, state.loss)
-
-
 def assemble(
     recipe: Recipe, progress: Progress, *, weights: bool = True, check_memory: bool = False
 ) -> Run:
@@ -201,6 +104,7 @@ def assemble(
         check_compiler(device)
     precision = recipe.precision.record.resolve(device, recipe.precision.options)
     base = open_base_model(recipe.model.options.path, recipe.catalog, progress, family=recipe.model)
+    check_room_for_merged(recipe, base.checkpoint)
     data = recipe.data.options
     tokenizer = base.tokenizer.with_template(data.chat_template)
     dataset = load_dataset(recipe.data.record, data, tokenizer, progress, catalog=recipe.catalog)
@@ -321,73 +225,3 @@ def describe(run: Run) -> list[str]:
         f"{training.gradient_accumulation_steps} rows -> {run.recipe.output}",
         *run.notices,
     ]
-
-
-def _announce(run: Run, log: LoggerGroup) -> None:
-    for line in describe(run):
-        log.notice(line)
-
-
-def _open_store(recipe: Recipe) -> SnapshotStore:
-    section = recipe.checkpointer
-    store: SnapshotStore = section.record.open(recipe.output, section.options)
-    return store
-
-
-def _fit(
-    run: Run,
-    optimizer: torch.optim.Optimizer,
-    state: TrainState,
-    store: SnapshotStore,
-    log: LoggerGroup,
-    progress: Progress,
-) -> None:
-    recipe = run.recipe
-    peak = recipe.optimizer.options.lr
-    keep = recipe.checkpointer.options
-
-    def save(state: TrainState) -> None:
-        store.save(take_snapshot(run, optimizer, state))
-
-    def epoch_done(state: TrainState) -> None:
-        last = state.epoch == recipe.training.epochs
-        if keep.save_merged_each_epoch and not last:
-            write_merged(run, recipe.output / f"{MERGED}-epoch-{state.epoch}", progress)
-
-    left = run.total_steps - state.step
-    with ExitStack() as around:
-        stop = around.enter_context(stop_on_signals())
-        if recipe.training.profile:
-            around.enter_context(profiled(optimizer, left, recipe.output / PROFILE, log))
-        if recipe.training.compile:
-            around.enter_context(compilation_told(optimizer, log))
-        train(
-            run.base.causal_lm,
-            run.plan,
-            optimizer,
-            lambda step: peak * lr_factor(step, run.total_steps, recipe.schedule),
-            run.precision,
-            state,
-            Limits(recipe.training.epochs, run.total_steps, keep.every_steps),
-            device=run.device,
-            max_grad_norm=recipe.training.max_grad_norm,
-            log=log,
-            save=save,
-            epoch_done=epoch_done,
-            stop=stop,
-        )
-    if stop.is_set() and state.step < run.total_steps:
-        raise Interrupted(
-            f"stopped at step {state.step} of {run.total_steps}, and saved; go on with: "
-            f"lorakit train {recipe.output / RECIPE}:{recipe.name} --resume"
-        )
-
-
-def dry_run(recipe: Recipe, *, resume: bool = False, fixed_output: bool = False) -> list[str]:
-    """Everything a run does before it loads weights; what it found, a line each.
-
-    Raises:
-        UserError: As `run_recipe` would.
-    """
-    recipe, notices = _with_output(recipe, resume=resume, fixed=fixed_output)
-    return describe(assemble(recipe, TerminalProgress(), weights=False)) + notices

@@ -34,6 +34,27 @@ def write_file(path: Path, content: bytes) -> None:
         raise
 
 
+def why_not_writable(path: Path) -> str:
+    """Why nothing can be written at a path, in a few words; empty if it can, as far as that is
+    known before the directories on the way to it are made."""
+    place = path
+    try:
+        place = next(p for p in (path, *path.absolute().parents) if p.exists())
+        if not place.is_dir():
+            return f"{place} is a file"
+        # Tried, for permission bits say nothing where the file system refuses: /proc, read-only.
+        with tempfile.TemporaryFile(dir=place):
+            return ""
+    except PermissionError:
+        return f"{place} may not be written to"
+    except FileNotFoundError:
+        return f"{place} takes no files"
+    except OSError as error:
+        return f"{error.strerror}" if place == path else f"{place}: {error.strerror}"
+    except ValueError as error:
+        return str(error)
+
+
 @contextmanager
 def replaced_directory(place: Path) -> Iterator[Path]:
     """A fresh directory beside `place` that takes its place when the block ends well.

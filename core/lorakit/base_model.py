@@ -13,6 +13,7 @@ from lorakit.catalog import Catalog
 from lorakit.data.tokenizer import Tokenizer, load_tokenizer
 from lorakit.errors import UserError
 from lorakit.modules.narrow import compute_in
+from lorakit.options import check_device
 from lorakit.protocols import BaseCheckpoint, CausalLM, Precision, Progress
 from lorakit.recipes import Section
 from lorakit.records import ModelFamily
@@ -143,18 +144,23 @@ def resolve_device(name: str) -> torch.device:
     """The device a recipe names; `auto` takes the fastest there is.
 
     Raises:
-        UserError: This machine has no such device.
+        UserError: No device is called so, or this machine has none.
     """
+    try:
+        check_device(None, None, name)
+    except ValueError as error:
+        raise UserError(f"device: {error}") from None
     if name == "auto":
         if torch.cuda.is_available():
             return torch.device("cuda")
         return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
-    device = torch.device(name)
+    kind, _, index = name.partition(":")
     there = {
         "cpu": 1,
         "mps": int(torch.backends.mps.is_available()),
         "cuda": torch.cuda.device_count(),
-    }[device.type]
-    if (device.index or 0) >= there:
+    }[kind]
+    # Compared before torch reads it, which wraps or refuses large ones.
+    if int(index or 0) >= there:
         raise UserError(f"device: this machine has no {name}", 'Set device = "auto" or "cpu".')
-    return device
+    return torch.device(name)

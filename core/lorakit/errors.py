@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
 from pathlib import Path
@@ -52,9 +53,16 @@ class RunError(LorakitError):
 
 
 class Interrupted(LorakitError):
-    """The user stopped the run; it was saved first, and `message` says how to go on."""
+    """A signal stopped the run; the message says what of it is saved, and how to go on.
 
-    exit_status = 130
+    Args:
+        message: Shown as it is.
+        number: The signal's; a shell and a scheduler expect 128 more as the exit status.
+    """
+
+    def __init__(self, message: str, number: int = signal.SIGINT) -> None:
+        super().__init__(message)
+        self.exit_status = 128 + number
 
 
 def did_you_mean(word: str, choices: Iterable[str], cutoff: float = 0.6) -> str:
@@ -76,6 +84,24 @@ def near_path(path: Path) -> str:
     if not near:
         return ""
     return f" (did you mean {near[0] if missing is path else str(parent / near[0])!r}?)"
+
+
+def looks_local(path: Path) -> bool:
+    """Whether a path that does not exist was likely meant for one of this machine: it would lie
+    in a directory that is here, or is like something that is."""
+    try:
+        beside = path.parent != Path() and path.parent.is_dir()
+    except OSError:
+        return False
+    return beside or near_path(path) != ""
+
+
+def disk_size(size: int) -> str:
+    """Bytes as disks are sold: `3.9 GB`, `12.0 kB`."""
+    for unit, name in ((10**9, "GB"), (10**6, "MB"), (10**3, "kB")):
+        if size >= unit:
+            return f"{size / unit:,.1f} {name}"
+    return f"{size} bytes"
 
 
 def listing(names: Iterable[str], none: str = "none") -> str:

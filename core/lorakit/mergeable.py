@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ from lorakit.adapters import (
 from lorakit.base_model import BaseModel, quantizer
 from lorakit.catalog import Catalog, load_catalog
 from lorakit.data.tokenizer import Tokenizer
-from lorakit.errors import UserError
+from lorakit.errors import UserError, near_path
 from lorakit.merging import BaseWeight, merge_adapter
 from lorakit.progress import TerminalProgress
 from lorakit.protocols import Precision, Progress
@@ -136,10 +137,10 @@ def open_mergeable(path: str, progress: Progress) -> Mergeable:
         UserError: `path` is no run or adapter, or its base is not here, or does not fit it.
     """
     catalog = load_catalog()
-    directory = find_adapter(Path(path).expanduser())
+    directory = find_adapter(Path(os.path.expanduser(path)))
     if directory is None:
         raise UserError(
-            f"{path} is no run and no adapter directory",
+            f"{path} is no run and no adapter directory{near_path(Path(path))}",
             "A run directory has recipe.toml in it, an adapter directory adapter_config.json.",
         )
     adapter = read_adapter(directory, catalog)

@@ -17,8 +17,8 @@ import torch
 from attrs import frozen
 from torch import Tensor
 
-from lorakit.atomic import replaced_directory, write_bytes
-from lorakit.errors import RunError, UserError
+from lorakit.atomic import replaced_directory, why_not_writable, write_bytes
+from lorakit.errors import RunError, UserError, disk_size
 from lorakit.protocols import BaseCheckpoint, Progress, TensorSpec
 from lorakit.records import AdapterMethod
 from lorakit.runtime import tensors_in_own_pages
@@ -130,16 +130,19 @@ def merge_adapter(
             on other weights than are stored, as on quantized ones.
 
     Raises:
-        UserError: The directory holds something, the disk has too little room, or the adapter
-            has a layer that the base lacks.
+        UserError: The directory holds something or cannot be made, the disk has too little room,
+            or the adapter has a layer that the base lacks.
         RunError: Writing failed; the directory is as it was.
     """
-    if not replace and directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+    why = why_not_writable(directory)
+    if why:
+        raise UserError(f"{directory} cannot be made: {why}", "Name another --output.")
+    if not replace and directory.exists() and any(directory.iterdir()):
         raise UserError(f"{directory} exists and is not empty", "Name another --output.")
     merged = Merge(method, options, tensors, base_weight)
     plan = plan_shards(base)
     _check_layers(base, plan, tensors)
-    _check_room(directory, plan_bytes(plan))
+    check_room(directory, plan_bytes(plan))
     try:
         with tensors_in_own_pages(), replaced_directory(directory) as folder:
             with ExitStack() as opened:
@@ -186,14 +189,21 @@ def _check_layers(base: BaseCheckpoint, plan: Plan, tensors: Tensors) -> None:
             )
 
 
-def _check_room(directory: Path, needed: int) -> None:
+def check_room(
+    directory: Path, needed: int, fix: str = "Name a directory on another disk."
+) -> None:
+    """Refuses what the disk of a directory would not take.
+
+    Raises:
+        UserError: With both sizes, and the fix.
+    """
     place = next(p for p in (directory, *directory.absolute().parents) if p.exists())
     free = shutil.disk_usage(place).free
     if needed > free:
         raise UserError(
-            f"{directory}: the merged model takes {needed / 1e9:.2f} GB, the disk has "
-            f"{free / 1e9:.2f} GB left",
-            "Name a directory on another disk.",
+            f"{directory}: the merged model takes {disk_size(needed)}, the disk has "
+            f"{disk_size(free)} left",
+            fix,
         )
 
 

@@ -6,15 +6,42 @@ only the keys that core reads itself.
 
 from __future__ import annotations
 
+import re
+from typing import Any
+
 import attrs
 from attrs import field, frozen
-from attrs.validators import ge, gt, in_, le, lt, min_len
+from attrs.validators import ge, gt, in_, le, lt
 
 from lorakit.errors import did_you_mean, listing
 
 LOCAL_PATH = {"local_path": True}
 """`field(default="", metadata=LOCAL_PATH)`: the option is a path of this machine, never a hub's.  A
 run writes it down absolute, so that it is the same place from every directory."""
+
+DEVICES = ("auto", "cpu", "mps", "cuda", "cuda:N")
+
+
+def check_device(_: Any, __: Any, name: str) -> None:
+    """A validator, of a device's name; whether the machine has it is not looked at.
+
+    Raises:
+        ValueError: No device is called so.
+    """
+    if not re.fullmatch(r"auto|cpu|mps|cuda(:[0-9]+)?", name):
+        # difflib finds "cpu" nearest.
+        hint = " (did you mean 'cuda'?)" if name == "gpu" else ""
+        raise ValueError(f'"{name}" is none of {listing(DEVICES)}{hint}')
+
+
+def not_empty(_: Any, __: Any, value: str) -> None:
+    """A validator, of text that must say something.
+
+    Raises:
+        ValueError: It is empty.
+    """
+    if not value:
+        raise ValueError('must not be empty: ""')
 
 
 @frozen(kw_only=True)
@@ -30,7 +57,7 @@ class ModelOptions:
         path: A directory, a file, or a path of another model source.
     """
 
-    path: str = field(validator=min_len(1))
+    path: str = field(validator=not_empty)
 
 
 @frozen(kw_only=True)
@@ -94,8 +121,8 @@ class DataOptions:
         shuffle: Visit the rows in a new order each epoch, a function of (seed, epoch).
     """
 
-    path: str = field(validator=min_len(1))
-    split: str = field(default="train", validator=min_len(1))
+    path: str = field(validator=not_empty)
+    split: str = field(default="train", validator=not_empty)
     files: str = ""
     max_seq_len: int = field(default=2048, validator=ge(2))
     too_long: str = field(default="truncate", validator=in_(("truncate", "drop", "error")))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Mapping
 from importlib.resources import files
@@ -122,7 +123,7 @@ def read_recipes(path: str | Path) -> RecipeFile:
         UserError: The file does not exist, or is not TOML.
     """
     path = Path(path)
-    if not path.exists() and str(path) == PACKED_NAME:
+    if str(path) == PACKED_NAME and not path.exists():
         return packed_file()
     try:
         text = path.read_text(encoding="utf-8")
@@ -188,7 +189,16 @@ def find_recipe(reference: str) -> tuple[RecipeFile, str]:
             f"Say which: {path}:NAME",
         )
     file = packed_file()
-    if reference not in file.names() and Path(reference).exists():
+    if reference in file.names():
+        return file, reference
+    if os.path.isfile(f"{reference}.toml"):
+        names = read_recipes(f"{reference}.toml").names()
+        raise UserError(
+            f"no recipe {reference!r} ships with lorakit, but here is a file {reference}.toml "
+            f"(it holds {listing(names, 'no recipe')})",
+            f"Say which of it: {reference}.toml:{names[0] if len(names) == 1 else 'NAME'}",
+        )
+    if os.path.exists(reference):
         raise UserError(
             f"{reference} is a path, not a recipe", "A recipe is FILE.toml:NAME, or a NAME."
         )

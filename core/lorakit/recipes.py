@@ -10,11 +10,12 @@ from typing import Any
 
 import tomli
 from attrs import define, evolve, field, frozen
-from attrs.validators import ge, matches_re, min_len
+from attrs.validators import ge, le
 
 from lorakit.catalog import KINDS, Catalog, load_catalog
-from lorakit.errors import RecipeError, UserError, did_you_mean, listing
-from lorakit.options import SampleOptions, ScheduleOptions, TrainingOptions
+from lorakit.errors import RecipeError, UserError, did_you_mean, listing, near_path
+from lorakit.foreign_names import ours
+from lorakit.options import SampleOptions, ScheduleOptions, TrainingOptions, check_device, not_empty
 from lorakit.recipe_files import RecipeFile, deep_merge, find_recipe, run_of
 from lorakit.records import Offer
 from lorakit.structuring import describe_value, structure, unstructure
@@ -32,12 +33,10 @@ class RunOptions:
     """
 
     summary: str = ""
-    output: str = field(validator=min_len(1))
-    seed: int = field(default=0, validator=ge(0))
-    device: str = field(
-        default="auto",
-        validator=matches_re(r"auto|cpu|mps|cuda(:\d+)?"),
-    )
+    output: str = field(validator=not_empty)
+    # Multiplied to tell epochs apart, it still fits into the 64 bits of a generator's.
+    seed: int = field(default=0, validator=[ge(0), le(2**32 - 1)])
+    device: str = field(default="auto", validator=check_device)
 
 
 @frozen
@@ -210,7 +209,8 @@ class _Resolver:
         for key, value in table.items():
             if key not in sections and key not in run_keys:
                 word = "section" if isinstance(value, dict) else "key"
-                hint = did_you_mean(key, known) or f" (known: {listing(known)})"
+                hint = ours(key, "", known) or did_you_mean(key, known)
+                hint = hint or f" (known: {listing(known)})"
                 self.problems.append(f"{key}: unknown {word}{hint}")
 
         values: dict[str, Any] = {"run": self._own(RunOptions, {k: table[k] for k in run_keys}, "")}
@@ -308,8 +308,9 @@ class _Resolver:
             if not any(source.claims(model) for source in sources):
                 examples = listing([e for source in sources for e in source.examples])
                 self.problems.append(
-                    f"model.path: {describe_value(model)} is no directory or file "
-                    f"here, and of no other model source (such paths look like: {examples})"
+                    f"model.path: {describe_value(model)} is no directory or file here"
+                    f"{near_path(Path(model))}, and of no other model source (such paths look "
+                    f"like: {examples})"
                 )
         if data:
             pattern, split = (_string_of(table["data"], key) for key in ("files", "split"))

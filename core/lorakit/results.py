@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-import json
+import re
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lorakit.adapters import adapter_tensors, group_by_layer, write_adapter
 from lorakit.local_paths import with_absolute_paths
-from lorakit.merging import merge_adapter
-from lorakit.protocols import Progress
+from lorakit.merging import check_room, merge_adapter
+from lorakit.protocols import BaseCheckpoint, Progress
 from lorakit.recipes import Recipe, section_table
 from lorakit.run_directory import ADAPTER, MERGED
 from lorakit.state import TrainState
+from lorakit.weights.shard_plan import plan_bytes, plan_shards
 
 if TYPE_CHECKING:
     from lorakit.assemble import Run
@@ -30,6 +32,20 @@ def write_results(run: Run, progress: Progress) -> None:
     )
     if run.recipe.checkpointer.options.save_merged:
         write_merged(run, run.recipe.output / MERGED, progress)
+
+
+def check_room_for_merged(recipe: Recipe, base: BaseCheckpoint) -> None:
+    """Refuses a run at whose end there would be no room for the merged model.
+
+    Raises:
+        UserError: The recipe asks for one, and the disk has too little left.
+    """
+    if recipe.checkpointer.options.save_merged:
+        check_room(
+            recipe.output / MERGED,
+            plan_bytes(plan_shards(base)),
+            "Set checkpointer.save_merged = false, or name an --output on another disk.",
+        )
 
 
 def write_merged(run: Run, directory: Path, progress: Progress) -> None:
@@ -51,6 +67,7 @@ def write_merged(run: Run, directory: Path, progress: Progress) -> None:
 def summary(run: Run, state: TrainState) -> str:
     """What the run came to, and what to do with it."""
     output = run.recipe.output
+    quoted = shlex.quote(str(output))
     lines = [
         f"done: {state.step} steps, {state.tokens:,} tokens, last loss {state.loss:.4f}",
         f"  adapter:         {output / ADAPTER}",
@@ -58,11 +75,17 @@ def summary(run: Run, state: TrainState) -> str:
     if run.recipe.checkpointer.options.save_merged:
         lines.append(f"  merged model:    {output / MERGED}")
     else:
-        lines.append(f"  merge it:        lorakit merge {output} --output {output / MERGED}")
+        merged = shlex.quote(str(output / MERGED))
+        lines.append(f"  merge it:        lorakit merge {quoted} --output {merged}")
     lines.append(f"  serve with vLLM: {run.serving_advice()}")
     question = run.recipe.samples.prompts[0] if run.recipe.samples.prompts else "..."
-    lines.append(f"  ask it yourself: lorakit generate {output} --prompt {json.dumps(question)}")
+    lines.append(f"  ask it yourself: lorakit generate {quoted} --prompt {_quoted(question)}")
     return "\n".join(lines)
+
+
+def _quoted(question: str) -> str:
+    """For a shell; in the quotes a reader expects where they keep the text as it is."""
+    return shlex.quote(question) if re.search(r'["$`\\!]', question) else f'"{question}"'
 
 
 def _origin(recipe: Recipe) -> Mapping[str, Any]:

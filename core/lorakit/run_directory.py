@@ -11,7 +11,7 @@ from typing import Any
 import tomli
 from filelock import FileLock, Timeout
 
-from lorakit.atomic import write_file
+from lorakit.atomic import why_not_writable, write_file
 from lorakit.errors import RecipeError, UserError, listing
 from lorakit.local_paths import with_absolute_paths
 from lorakit.protocols import SnapshotStore
@@ -52,14 +52,12 @@ def free_output(output: Path, fixed: bool) -> Path:
     Raises:
         UserError: It is fixed and holds a run already, or it cannot be a directory to write to.
     """
-    if output.exists() and not output.is_dir():
+    # Not pathlib's, which raises where a name is too long.
+    if os.path.exists(output) and not os.path.isdir(output):
         raise UserError(f"output: {output} is a file", "Name a directory with --output.")
-    place = next(p for p in (output, *output.absolute().parents) if p.exists())
-    if not place.is_dir() or not os.access(place, os.W_OK):
-        what = "may not be written to" if place.is_dir() else "is a file"
-        raise UserError(
-            f"output: {output} cannot be made: {place} {what}", "Name another --output."
-        )
+    why = why_not_writable(output)
+    if why:
+        raise UserError(f"output: {output} cannot be made: {why}", "Name another --output.")
     if not holds_run(output):
         _refuse_foreign(output)
         return output
@@ -167,7 +165,7 @@ def check_resumable(recipe: Recipe, store: SnapshotStore) -> None:
         RecipeError: With each key that differs.
     """
     file = recipe.output / RECIPE
-    if not file.is_file():
+    if not os.path.isfile(file):
         raise UserError(
             f"--resume: {recipe.output} holds no run",
             "Leave out --resume to start one, or name the run's directory with --output.",

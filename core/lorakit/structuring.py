@@ -8,6 +8,7 @@ the full key and one bad value must not hide the next.  cattrs' default converte
 from __future__ import annotations
 
 import json
+import math
 import types
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar, Union, get_args, get_origin
@@ -16,6 +17,7 @@ import attrs
 import cattrs
 
 from lorakit.errors import did_you_mean, listing
+from lorakit.foreign_names import ours
 
 T = TypeVar("T")
 
@@ -70,6 +72,9 @@ def _strict(kind: type, accepted: tuple[type, ...]) -> Any:
         if isinstance(value, bool) and kind is not bool:
             raise _WrongType
         if not isinstance(value, accepted):
+            raise _WrongType
+        # TOML has inf and nan, and reads 1e400 as inf; no option means anything by them.
+        if isinstance(value, float) and not math.isfinite(value):
             raise _WrongType
         return kind(value)
 
@@ -142,7 +147,7 @@ def structure(cls: type[T], table: Mapping[str, Any], where: str) -> tuple[T | N
     for key in table:
         if key not in fields:
             known = listing(fields, none="no key here")
-            hint = did_you_mean(key, fields)
+            hint = ours(key, where, fields) or did_you_mean(key, fields)
             problems.append(f"{prefix}{key}: unknown key{hint or f' (known: {known})'}")
 
     for name, field in fields.items():
@@ -175,8 +180,7 @@ def _structure_value(field: attrs.Attribute[Any], raw: Any, key: str) -> tuple[A
     try:
         value = _converter.structure(raw, kind)
     except (_WrongType, cattrs.BaseValidationError, TypeError, ValueError, OverflowError):
-        expected = describe_type(kind)
-        return None, [f"{key}: expected {expected}, got {describe_value(raw)}"]
+        return None, [f"{key}: {_expected(kind, raw)}"]
     if field.validator is not None:
         try:
             field.validator(None, field, value)
@@ -189,6 +193,13 @@ def _structure_value(field: attrs.Attribute[Any], raw: Any, key: str) -> tuple[A
     return value, []
 
 
+def _expected(kind: Any, value: Any) -> str:
+    expected = describe_type(kind)
+    if expected == "a number" and isinstance(value, float):
+        expected = "a finite number"
+    return f"expected {expected}, got {describe_value(value)}"
+
+
 def _entry_problems(kind: Any, raw: Any, key: str) -> list[str]:
     """One line for each value of a table that is of another type than all must be."""
     if not isinstance(raw, Mapping):
@@ -199,8 +210,7 @@ def _entry_problems(kind: Any, raw: Any, key: str) -> list[str]:
         try:
             _converter.structure(value, member)
         except (_WrongType, cattrs.BaseValidationError, TypeError, ValueError, OverflowError):
-            expected = describe_type(member)
-            problems.append(f"{key}.{name}: expected {expected}, got {describe_value(value)}")
+            problems.append(f"{key}.{name}: {_expected(member, value)}")
     return problems
 
 
@@ -210,6 +220,10 @@ def _validator_message(field: attrs.Attribute[Any], value: Any, error: Exception
     if options is not None:
         choices = [str(o) for o in options]
         hint = did_you_mean(str(value), choices)
+        numbers = [o for o in options if isinstance(o, (int, float))]
+        if numbers and isinstance(value, (int, float)):
+            # By value, for 2048 is near to 48 only as letters.
+            hint = f" (did you mean {min(numbers, key=lambda o: abs(o - value))}?)"
         return f"{describe_value(value)} is none of {listing(choices)}{hint}"
     message = str(error.args[0]) if error.args else str(error)
     message = message.removeprefix(f"'{field.name}' ")

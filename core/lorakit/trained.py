@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from lorakit.adapters import (
     read_adapter,
 )
 from lorakit.base_model import (
+    BaseModel,
     load_weights,
     open_base_model,
     resolve_device,
@@ -34,10 +36,12 @@ from lorakit.context import context_length
 from lorakit.data.batches import make_batch
 from lorakit.data.dataset import load_dataset
 from lorakit.data.tokenizer import Tokenizer
-from lorakit.errors import RecipeError, UserError
+from lorakit.errors import RecipeError, UserError, near_path
+from lorakit.foreign_names import OURS
 from lorakit.loss import batch_loss
 from lorakit.options import AdapterOptions
 from lorakit.progress import TerminalProgress
+from lorakit.protocols import Progress
 from lorakit.recipes import Section, read_section
 from lorakit.records import AdapterMethod, DatasetFormat
 
@@ -98,10 +102,10 @@ def load_trained(path: str, device_name: str = "auto", *, full_precision: bool =
     catalog = load_catalog()
     device = resolve_device(device_name)
     progress = TerminalProgress()
-    directory = find_adapter(Path(path).expanduser())
+    directory = find_adapter(Path(os.path.expanduser(path)))
     adapter = read_adapter(directory, catalog) if directory else None
     base = open_base_of(adapter, catalog, progress) if adapter else None
-    base = base or open_base_model(path, catalog, progress)
+    base = base or _named_base(path, catalog, progress)
     precision = catalog.defaults("precision")[0]
     resolved = precision.resolve(device, precision.options())
     quantization = None if full_precision else quantization_of(adapter, catalog)
@@ -117,6 +121,14 @@ def load_trained(path: str, device_name: str = "auto", *, full_precision: bool =
     base.model.eval()
     context = context_length(base.checkpoint.config)
     return Trained(base.model, tokenizer, device, catalog, context, adapter)
+
+
+def _named_base(path: str, catalog: Catalog, progress: Progress) -> BaseModel:
+    try:
+        return open_base_model(path, catalog, progress)
+    except UserError as error:
+        # It was an argument, not a recipe's key.
+        raise UserError(error.message.removeprefix("model.path: "), error.fix) from error
 
 
 def load_start(
@@ -137,9 +149,11 @@ def load_start(
     path = options.path if isinstance(options, AdapterOptions) else ""
     if not path:
         return
-    directory = find_adapter(Path(path).expanduser())
+    directory = find_adapter(Path(os.path.expanduser(path)))
     if directory is None:
-        raise UserError(f"adapter.path: {path} is no run and no adapter directory")
+        raise UserError(
+            f"adapter.path: {path} is no run and no adapter directory{near_path(Path(path))}"
+        )
     saved = read_adapter(directory, catalog)
     if saved.method is not method:
         raise UserError(f"adapter.path: {directory} is of the method {saved.method.name!r}")
@@ -147,7 +161,8 @@ def load_start(
         raise UserError(f"adapter.path: {directory} brings whole layers beside the adapter's own")
     there, here = method.to_config(saved.options, names), method.to_config(options, names)
     problems = [
-        f"{key}: {directory} has {there[key]!r}, the recipe comes to {here[key]!r}"
+        f"{OURS.get(key, f'adapter.{key}')}: {directory} has {there[key]!r}, the recipe comes to "
+        f"{here[key]!r}"
         for key in here
         # The same layers can be written in several ways; the tensors' names tell.
         if key != "target_modules" and there[key] != here[key]

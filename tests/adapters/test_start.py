@@ -46,9 +46,10 @@ def test_it_starts_from_pefts(checkpoint, tmp_path, make_recipe):
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"rank": 3}, r"r: .* has 4, the recipe comes to 3"),
-        ({"alpha": 5}, r"lora_alpha: .* has 8, the recipe comes to 5"),
-        ({"dora": True}, r"use_dora: .* has False, the recipe comes to True"),
+        ({"rank": 3}, r"adapter\.rank: .* has 4, the recipe comes to 3"),
+        ({"alpha": 5}, r"adapter\.alpha: .* has 8, the recipe comes to 5"),
+        ({"dora": True}, r"adapter\.dora: .* has False, the recipe comes to True"),
+        ({"rank_pattern": {"q_proj": 2}}, r"adapter\.rank_pattern: .* has {}, the recipe comes"),
         ({"targets": ["q_proj"]}, r"unexpected: .*down_proj"),
         ({"path": "no/such/run"}, r"adapter\.path: no/such/run is no run and no adapter"),
     ],

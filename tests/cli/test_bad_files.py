@@ -189,6 +189,25 @@ def test_empty_data_file(content: str, refused: Any, make_recipe: MakeRecipe) ->
     assert f"{file}: the file holds no row" in refused(reference)
 
 
+@pytest.mark.parametrize(
+    ("name", "text", "place"),
+    [
+        ("rows.jsonl", '{"messages": []\n', ", line 1: {} (column 16)"),
+        ("rows.jsonl", '{"messages": []  \r\n', ", line 1: {} (column 16)"),
+        ("rows.jsonl", '{"messages" []}\n', ", line 1: {} (column 13)"),
+        ("rows.json", '[\n{"messages": []\n\n', ": {} (line 2, column 16)"),
+    ],
+)
+def test_where_json_ends_too_soon(
+    name: str, text: str, place: str, refused: Any, make_recipe: MakeRecipe, tmp_path: Path
+) -> None:
+    file = tmp_path / name
+    file.write_bytes(text.encode())
+    what = "':'" if '" []' in text else "','"
+    expected = place.format(f"not valid JSON: Expecting {what} delimiter")
+    assert f"{file}{expected}" in refused(make_recipe(data={"path": str(file)}))
+
+
 @pytest.mark.parametrize("line", ['{"messages": [', "no json", '{"messages": []} x'])
 def test_malformed_line(line: str, refused: Any, make_recipe: MakeRecipe) -> None:
     reference, place = with_third_line(line, make_recipe)

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from attrs import field, frozen
+from attrs.validators import in_
 
 from lorakit.errors import RecipeError, UserError
+from lorakit.foreign_names import OURS
 from lorakit.recipe_files import parse_recipes
 from lorakit.recipes import parse_override, resolve_recipe
+from lorakit.structuring import structure
 
 MakeRecipe = Callable[..., str]
 NO_DATA = Path(__file__).parent
@@ -94,6 +99,13 @@ def test_all_problems_at_once(make_recipe: MakeRecipe, cli: Callable[..., Any]) 
         ),
         ("samples", {"prompts": "Why?"}, 'samples.prompts: expected a list of strings, got "Why?"'),
         ("optimizer", {"lr": 0.0}, "optimizer.lr: must be > 0.0: 0.0"),
+        ("optimizer", {"lr": math.inf}, "optimizer.lr: expected a finite number, got inf"),
+        ("optimizer", {"lr": math.nan}, "optimizer.lr: expected a finite number, got nan"),
+        (
+            "adapter",
+            {"alpha_pattern": {"q_proj": math.inf}},
+            "adapter.alpha_pattern.q_proj: expected a finite number, got inf",
+        ),
         ("optimizer", {"lr": 10**400}, "optimizer.lr: expected a number, got 1000"),
         ("data", {"max_seq_len": 8.7}, "data.max_seq_len: expected a whole number, got 8.7"),
         (
@@ -115,7 +127,8 @@ def test_wrong_value(section: str, values: Any, expected: str, problems_of: Any)
     [
         ("seed", True, "seed: expected a whole number, got true"),
         ("seed", -1, "seed: must be >= 0: -1"),
-        ("output", "", "output: "),
+        ("seed", 2**32, "seed: must be <= 4294967295: 4294967296"),
+        ("output", "", 'output: must not be empty: ""'),
         ("device", "gpu", "device: "),
         ("adapter", "lora", 'adapter: expected a table, {name = "..."}, got "lora"'),
         ("training", 3, "training: expected a table, got 3"),
@@ -127,6 +140,48 @@ def test_wrong_value(section: str, values: Any, expected: str, problems_of: Any)
 def test_wrong_top_level_value(key: str, value: Any, expected: str, problems_of: Any) -> None:
     (problem,) = problems_of(**{key: value})
     assert problem.startswith(expected)
+
+
+@pytest.mark.parametrize(
+    ("key", "expected"),
+    [
+        ("adapter.r", "adapter.r: unknown key (did you mean 'rank'?)"),
+        ("adapter.lora_alpha", "adapter.lora_alpha: unknown key (did you mean 'alpha'?)"),
+        ("adapter.lora_dropout", "adapter.lora_dropout: unknown key (did you mean 'dropout'?)"),
+        ("adapter.target_modules", "adapter.target_modules: unknown key (did you mean 'targets'?)"),
+        (
+            "training.learning_rate",
+            "training.learning_rate: unknown key (did you mean 'optimizer.lr'?)",
+        ),
+        ("output_dir", "output_dir: unknown key (did you mean 'output'?)"),
+        ("epochs", "epochs: unknown key (did you mean 'training.epochs'?)"),
+    ],
+)
+def test_another_trainers_name_for_a_key(key: str, expected: str, make_recipe: MakeRecipe) -> None:
+    with pytest.raises(RecipeError) as error:
+        resolve_recipe(make_recipe(), overrides={key: 1})
+    assert error.value.problems == (expected,)
+
+
+def test_what_other_trainers_call_a_key_is_one_of_ours() -> None:
+    """With the plugins that these tests have installed."""
+    table = resolve_recipe("quickstart").table()
+    for theirs, full in OURS.items():
+        section, _, name = full.rpartition(".")
+        if section not in ("quantization", ""):
+            assert name in table[section], theirs
+
+
+@frozen
+class Numbers:
+    """Options of which one is one of several numbers."""
+
+    size: int = field(default=64, validator=in_((32, 64, 128, 2048)))
+
+
+def test_a_number_is_near_by_its_value() -> None:
+    _, (problem,) = structure(Numbers, {"size": 50}, "any")
+    assert problem == "any.size: 50 is none of 32, 64, 128 and 2048 (did you mean 64?)"
 
 
 @pytest.mark.parametrize(

@@ -141,6 +141,19 @@ def test_unknown_names(cli: Cli, mine: Path, elsewhere: Path) -> None:
     assert f"{elsewhere} is a path, not a recipe" in done.err
 
 
+def test_a_files_name_without_its_ending(cli: Cli, mine: Path, elsewhere: Path) -> None:
+    (elsewhere / "mine.toml").write_bytes(mine.read_bytes())
+    done = cli("train", "mine")
+    assert done.status == 2
+    assert "here is a file mine.toml (it holds base, mine and last)" in done.err
+    assert "mine.toml:NAME" in done.err
+    (elsewhere / "mine.toml").write_text("[one]\n", encoding="utf-8")
+    assert "mine.toml:one" in cli("train", "mine").err
+    # A recipe that ships with lorakit stays the one of that name.
+    (elsewhere / "quickstart.toml").write_text("[one]\n", encoding="utf-8")
+    assert cli("recipes", "validate", "quickstart").status == 0
+
+
 def test_copy_to_a_new_file(cli: Cli, elsewhere: Path) -> None:
     done = cli("recipes", "copy", "quickstart")
     assert done.status == 0

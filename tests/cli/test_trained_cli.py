@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -48,6 +49,22 @@ def test_generate_from_nothing(
     assert done.status == 2
     assert done.err.startswith("error: ")
     assert "Traceback" not in done.err
+
+
+def test_commands_told_are_a_shells(cli: Cli, make_recipe: Callable[..., str]) -> None:
+    """In a directory with a space, and with a question that a shell would change."""
+    reference = make_recipe(
+        samples={"prompts": ["What is `$x`?"], "max_new_tokens": 1},
+        loggers=[{"name": "terminal"}],
+    )
+    output = Path(reference.rpartition("/")[0]) / "sp ace ü"
+    done = cli("train", reference, "--output", output)
+    commands = [line.partition(": ")[2].strip() for line in done.out.splitlines()]
+    told = [shlex.split(command) for command in commands if command.startswith("lorakit ")]
+    assert told == [
+        ["lorakit", "merge", str(output), "--output", str(output / "merged")],
+        ["lorakit", "generate", str(output), "--prompt", "What is `$x`?"],
+    ]
 
 
 def test_merge(cli: Cli, run: Path, data: Path, tmp_path: Path) -> None:

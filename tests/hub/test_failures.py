@@ -103,6 +103,38 @@ def test_nobody_answers(hub: Any, refused: Refused, monkeypatch: pytest.MonkeyPa
     assert "HF_ENDPOINT" in error.fix
 
 
+@pytest.mark.parametrize("unplugged", [True, False])
+def test_a_local_path_is_told_of_before_the_network(
+    unplugged: bool,
+    hub: Any,
+    refused: Refused,
+    offline: Callable[[], None],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from huggingface_hub import constants
+
+    if unplugged:
+        monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    else:
+        offline()
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs" / "quickstart").mkdir(parents=True)
+    why = "no connection to http://127.0.0.1:9" if unplugged else f"not in the cache ({hub.cache})"
+    for path, near in (
+        ("runs/quickstrat", "(did you mean 'quickstart'?)"),
+        ("runs/nix", "(runs holds quickstart)"),
+        ("rnus/quickstart", "(did you mean 'runs'?)"),
+    ):
+        error = refused(path)
+        told = f"model.path: {path}: no such path here {near}; as a model on the hub: {why}"
+        assert error.message.startswith(told)
+        assert error.fix.startswith("Check the spelling. If it is on the hub: ")
+    error = refused("acme/tiny")
+    assert why in error.message
+    assert error.message.endswith("; no such path here either")
+
+
 def test_a_hub_that_is_down(hub: Any, refused: Refused, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(time, "sleep", lambda _: None)
     hub.busy = True

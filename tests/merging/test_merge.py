@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 
 from lorakit.catalog import load_catalog
 from lorakit.cli import main
-from lorakit.errors import RunError, UserError
+from lorakit.errors import UserError, disk_size
 from lorakit.mergeable import merge_trained
 from lorakit.merging import merge_adapter
 from lorakit.progress import SilentProgress
@@ -200,9 +200,45 @@ def test_a_full_disk_is_told_before_anything_is_written(adapter, tmp_path, monke
         main(["merge", str(adapter), "--output", str(tmp_path / "out")])
     assert exited.value.code == 2
     said = capsys.readouterr().err
-    assert "the merged model takes 0.00 GB, the disk has 0.00 GB left" in said
+    assert "the merged model takes 111.2 kB, the disk has 1.0 kB left" in said
     assert "Traceback" not in said
     assert not any("out" in p.name for p in tmp_path.iterdir())
+
+
+def test_a_disk_without_room_for_merged_is_told_before_training(
+    make_recipe, tmp_path, monkeypatch, capsys
+):
+    reference = make_recipe(checkpointer={"save_merged": True})
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(10**9, 10**9, 1000))
+    output = tmp_path / "out"
+    for more in ([], ["--dry-run"]):
+        with pytest.raises(SystemExit) as exited:
+            main(["train", reference, "--output", str(output), *more])
+        assert exited.value.code == 2
+        said = capsys.readouterr().err
+        assert f"{output / 'merged'}: the merged model takes 111.2 kB" in said
+        assert "checkpointer.save_merged = false" in said
+        assert not output.exists()
+    with pytest.raises(SystemExit) as exited:
+        main(["train", reference, "--set", "checkpointer.save_merged=false"])
+    assert exited.value.code == 0
+
+
+@pytest.mark.parametrize(
+    ("size", "text"),
+    [
+        (0, "0 bytes"),
+        (999, "999 bytes"),
+        (1000, "1.0 kB"),
+        (12_345, "12.3 kB"),
+        (269_060_552, "269.1 MB"),
+        (13_476_839_424, "13.5 GB"),
+        (1_200_000_000_000, "1,200.0 GB"),
+    ],
+)
+def test_sizes_have_a_unit_that_fits(size, text):
+    assert disk_size(size) == text
 
 
 def test_a_disk_that_fills_up_leaves_nothing(adapter, tmp_path, monkeypatch, capsys):
@@ -247,7 +283,7 @@ def test_an_interrupted_merge_leaves_what_was_there(adapter, tmp_path, monkeypat
 
 def test_an_output_that_cannot_be_made_is_one_message(adapter, tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(RunError, match="could not be written"):
+    with pytest.raises(UserError, match=r"out cannot be made: .*file is a file"):
         merge_trained(str(adapter), tmp_path / "file" / "out")
 
 

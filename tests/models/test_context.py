@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 
-from lorakit.assemble import dry_run
 from lorakit.cli import main
 from lorakit.context import context_length, prompt_notice, rows_notice
 from lorakit.preview import preview_lines
 from lorakit.recipes import resolve_recipe
+from lorakit.run import dry_run
 
 
 @pytest.mark.parametrize(

@@ -18,8 +18,10 @@ import lorakit
 from lorakit.builtin import snapshots
 from lorakit.builtin.loggers import DiskLogger
 from lorakit.builtin.precisions import PlainPrecision
+from lorakit.cli import main
 from lorakit.errors import Interrupted, RunError, UserError
 from lorakit.protocols import Snapshot
+from lorakit.samples import Samples
 from lorakit.weights.shard_writer import ShardWriter
 
 # 21 rows in 11 micro-batches in windows of 3: 4 steps an epoch, the last window ragged.
@@ -214,7 +216,7 @@ def test_killed_process_leaves_a_run_that_resumes_exactly(number, recipe, tmp_pa
     if number == signal.SIGKILL:
         assert process.returncode == -signal.SIGKILL
     else:
-        assert process.returncode == 130
+        assert process.returncode == 128 + number
         assert "--resume" in errors
         assert "Traceback" not in errors
         checkpoints = sorted(p.name for p in (run_of(reference) / "checkpoints").iterdir())
@@ -222,6 +224,30 @@ def test_killed_process_leaves_a_run_that_resumes_exactly(number, recipe, tmp_pa
     lorakit.train(reference, resume=True)
     lorakit.train(reference, output=tmp_path / "whole")
     assert_same_end(run_of(reference), tmp_path / "whole", read_metrics)
+
+
+@pytest.mark.parametrize("resumed", [False, True])
+def test_interrupted_before_the_first_step(resumed, recipe, signal_at, monkeypatch, capsys):
+    reference = recipe(samples={"prompts": ["What?"], "max_new_tokens": 2})
+    if resumed:
+        signal_at(2)
+        with pytest.raises(Interrupted):
+            lorakit.train(reference)
+        monkeypatch.undo()
+
+    def interrupt(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Samples, "before", interrupt)
+    with pytest.raises(SystemExit) as exited:
+        main(["train", reference, *(["--resume"] if resumed else [])])
+    assert exited.value.code == 130
+    said = capsys.readouterr().err
+    if resumed:
+        command = f"lorakit train {run_of(reference) / 'recipe.toml'}:tiny --resume"
+        assert f"lorakit: stopped; step 2 is saved, go on with: {command}" in said
+    else:
+        assert "lorakit: stopped; nothing was saved yet" in said
 
 
 @pytest.fixture

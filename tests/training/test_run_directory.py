@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 
 import lorakit
-from lorakit.assemble import dry_run
 from lorakit.errors import UserError
 from lorakit.recipes import resolve_recipe
+from lorakit.run import dry_run
 from lorakit.run_directory import LOCK, occupied
 
 

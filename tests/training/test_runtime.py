@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from lorakit import runtime
-from lorakit.assemble import dry_run
 from lorakit.modules import matmul
 from lorakit.recipes import resolve_recipe
+from lorakit.run import dry_run
 from lorakit.runtime import own_pages_from, tensors_in_own_pages, tune_process
 
 CPU = torch.device("cpu")

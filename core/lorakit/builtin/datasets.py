@@ -6,10 +6,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from attrs import field, frozen
-from attrs.validators import min_len
 
 from lorakit.errors import did_you_mean, listing
-from lorakit.options import DataOptions
+from lorakit.options import DataOptions, not_empty
 from lorakit.protocols import Conversation, Message, Text
 
 ROLES = ("system", "user", "assistant", "tool")
@@ -35,7 +34,7 @@ class MessagesOptions(DataOptions):
         column: The row's key that holds the list of `{role, content}`.
     """
 
-    column: str = field(default="messages", validator=min_len(1))
+    column: str = field(default="messages", validator=not_empty)
 
 
 @frozen(kw_only=True)
@@ -46,7 +45,7 @@ class ShareGPTOptions(DataOptions):
         column: The row's key that holds the list of `{from, value}`.
     """
 
-    column: str = field(default="conversations", validator=min_len(1))
+    column: str = field(default="conversations", validator=not_empty)
 
 
 @frozen(kw_only=True)
@@ -62,7 +61,7 @@ class TextOptions(DataOptions):
         column: The row's key that holds the text.
     """
 
-    column: str = field(default="text", validator=min_len(1))
+    column: str = field(default="text", validator=not_empty)
 
 
 def messages_example(row: Mapping[str, Any], options: MessagesOptions) -> Conversation:

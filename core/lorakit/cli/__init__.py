@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import sys
 from collections.abc import Sequence
 
@@ -13,7 +14,7 @@ from lorakit.cli.estimate import estimate
 from lorakit.cli.plugins import plugins
 from lorakit.cli.recipes import recipes
 from lorakit.cli.train import preview, train
-from lorakit.errors import LorakitError, did_you_mean
+from lorakit.errors import Interrupted, LorakitError, UserError, did_you_mean
 
 
 class _Group(click.Group):
@@ -41,10 +42,21 @@ def app() -> None:
 for command in (train, recipes, plugins, preview, estimate, merge, generate, eval_command):
     app.add_command(command)
 
+_OF_THE_PATH = {
+    errno.EACCES,
+    errno.EPERM,
+    errno.EROFS,
+    errno.ENAMETOOLONG,
+    errno.ELOOP,
+    errno.ENOSPC,
+    errno.EDQUOT,
+}
+"""What a file system says that no mistake of lorakit's could be the reason of."""
+
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs the command line; exit status 0 done, 1 the run failed, 2 the input is wrong,
-    130 interrupted."""
+    130 interrupted, 143 terminated."""
     try:
         status = app.main(args=arguments, standalone_mode=False)
         sys.exit(status if isinstance(status, int) else 0)
@@ -55,7 +67,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         error.show()
         sys.exit(error.exit_code)
     except LorakitError as error:
-        word = "lorakit" if error.exit_status == 130 else "error"
+        word = "lorakit" if isinstance(error, Interrupted) else "error"
         print(f"{word}: {error}", file=sys.stderr)
         sys.exit(error.exit_status)
     except KeyboardInterrupt:
@@ -65,3 +77,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         # The reader (`| head`) has gone; its end is not our failure.
         sys.stderr.close()
         sys.exit(0)
+    except OSError as error:
+        if error.errno not in _OF_THE_PATH:
+            raise
+        where = f"{error.filename}: " if error.filename else ""
+        print(f"error: {where}{error.strerror}", file=sys.stderr)
+        sys.exit(UserError.exit_status)

@@ -2,9 +2,43 @@
 
 from __future__ import annotations
 
+import math
 import sys
+from typing import Any
 
 import click
+
+from lorakit.errors import UserError
+
+
+def _checked_device(_: click.Context, __: click.Parameter, name: str) -> str:
+    # Only now, and before torch has loaded: options come with attrs.
+    from lorakit.options import check_device
+
+    try:
+        check_device(None, None, name)
+    except ValueError as error:
+        raise UserError(f"--device: {error}") from None
+    return name
+
+
+def _checked_number(_: click.Context, parameter: click.Parameter, value: float) -> float:
+    # nan is in every range, for it is neither below nor above.
+    if math.isnan(value):
+        raise UserError(f"{parameter.opts[0]}: expected a finite number, got nan")
+    return value
+
+
+def _device_option(help_text: str) -> Any:
+    return click.option(
+        "--device",
+        default="auto",
+        show_default=True,
+        metavar="NAME",
+        callback=_checked_device,
+        help=help_text,
+    )
+
 
 FULL_PRECISION = "Do not quantize a base that the adapter was trained over quantized."
 
@@ -23,7 +57,7 @@ FULL_PRECISION = "Do not quantize a base that the adapter was trained over quant
 @click.option(
     "--no-divergence", is_flag=True, help="Do not compare the two with the trained model."
 )
-@click.option("--device", default="auto", show_default=True, help="Where they are compared.")
+@_device_option("Where they are compared.")
 def merge(
     run_or_adapter: str,
     output: str | None,
@@ -68,10 +102,13 @@ def merge(
     default=0.0,
     show_default=True,
     type=click.FloatRange(0.0, 5.0),
+    callback=_checked_number,
     help="0 takes the likeliest token each time.",
 )
-@click.option("--seed", default=0, show_default=True, help="Of the draws.")
-@click.option("--device", default="auto", show_default=True)
+@click.option(
+    "--seed", default=0, show_default=True, type=click.IntRange(0, 2**32 - 1), help="Of the draws."
+)
+@_device_option("auto, cpu, mps, cuda or cuda:N.")
 @click.option("--full-precision", is_flag=True, help=FULL_PRECISION)
 def generate(
     run_or_adapter_or_model: str,
@@ -115,7 +152,7 @@ def generate(
     metavar="NAME",
     help="The data set format; by default the run's, with its options, or messages without a run.",
 )
-@click.option("--device", default="auto", show_default=True)
+@_device_option("auto, cpu, mps, cuda or cuda:N.")
 @click.option("--full-precision", is_flag=True, help=FULL_PRECISION)
 def eval_command(
     run_or_adapter_or_model: str, data: str, form: str | None, device: str, full_precision: bool

@@ -7,6 +7,9 @@ from typing import Any
 
 import click
 
+WIDTHS = {"kind": 13, "name": 15}
+"""Columns of the list, wider only where somebody's names are."""
+
 
 @click.group()
 def plugins() -> None:
@@ -22,6 +25,8 @@ def list_plugins(as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps({"plugins": rows, "not_installed": absent}, indent=2))
         return
+    offers = [offer for row in rows for offer in row["provides"]]
+    kind, name = (max([width, *(len(o[key]) for o in offers)]) for key, width in WIDTHS.items())
     for row in rows:
         head = f"{row['distribution']} {row['version']}  [{row['name']}]"
         if row["status"] != "loaded":
@@ -30,12 +35,14 @@ def list_plugins(as_json: bool) -> None:
         click.echo(head)
         for offer in row["provides"]:
             clash = f"  CLASH: also offered by {offer['clash']}" if offer["clash"] else ""
-            click.echo(f"  {offer['kind']:<14} {offer['name']:<12} {offer['summary']}{clash}")
+            columns = f"{offer['kind']:<{kind}}  {offer['name']:<{name}}"
+            click.echo(f"  {columns}  {offer['summary']}{clash}")
     if absent:
+        width = max(len(entry["distribution"]) for entry in absent)
         click.echo("\nNot installed, from lorakit's own project:")
         for entry in absent:
-            click.echo(f"  {entry['distribution']:<20} {entry['summary']}")
-            click.echo(f"  {'':<20} {entry['install']}")
+            click.echo(f"  {entry['distribution']:<{width}}  {entry['summary']}")
+            click.echo(f"  {'':<{width}}  {entry['install']}")
 
 
 def _survey() -> tuple[list[dict[str, Any]], list[dict[str, str]]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 
 import click
@@ -41,7 +42,7 @@ def show(recipe: str) -> None:
 @click.argument("dest", required=False, default="recipes.toml")
 def copy(name: str, dest: str) -> None:
     """Copy recipe NAME, as it is written, to DEST (recipes.toml), to be changed there."""
-    from lorakit.atomic import write_file
+    from lorakit.atomic import why_not_writable, write_file
     from lorakit.recipe_files import find_recipe, read_recipes
 
     file, recipe = find_recipe(name)
@@ -59,8 +60,13 @@ def copy(name: str, dest: str) -> None:
             raise UserError(f"{target} holds a recipe {clash[-1]!r} already", "Name another DEST.")
         before = there.text.rstrip() + "\n\n"
     text = before + "\n".join(file.source(n) for n in chain)
-    write_file(target, text.encode())
-    click.echo(f"wrote {target}; train it with: lorakit train {target}:{recipe}")
+    try:
+        write_file(target, text.encode())
+    except OSError as error:
+        why = why_not_writable(target.parent) or error.strerror
+        raise UserError(f"{target} cannot be written: {why}", "Name another DEST.") from None
+    reference = shlex.quote(f"{target}:{recipe}")
+    click.echo(f"wrote {target}; train it with: lorakit train {reference}")
 
 
 @recipes.command()

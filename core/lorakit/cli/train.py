@@ -37,8 +37,8 @@ def train(
         recipe, overrides=dict(parse_override(text) for text in overrides), output=output
     )
     # Only now, so that a mistake in the recipe is told before torch has loaded.
-    from lorakit.assemble import dry_run as run_dry
-    from lorakit.assemble import run_recipe
+    from lorakit.run import dry_run as run_dry
+    from lorakit.run import run_recipe
 
     if dry_run:
         click.echo(resolved.text(), nl=False)
@@ -56,7 +56,13 @@ def train(
 @click.command()
 @click.argument("recipe")
 @click.option("--set", "overrides", metavar="KEY=VALUE", multiple=True, help="As for train.")
-@click.option("--rows", default=2, show_default=True, help="How many rows to show.")
+@click.option(
+    "--rows",
+    default=2,
+    show_default=True,
+    type=click.IntRange(0),
+    help="How many rows to show.",
+)
 def preview(recipe: str, overrides: tuple[str, ...], rows: int) -> None:
     """Show the data of RECIPE as the model will see it: what is trained, what is cut."""
     from lorakit.recipes import parse_override, resolve_recipe

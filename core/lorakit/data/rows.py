@@ -133,7 +133,10 @@ def _is_object(line: str) -> bool:
 def _parse(text: str, *, one_line: bool) -> Any:
     try:
         return json.loads(text)
-    except json.JSONDecodeError as error:
+    except json.JSONDecodeError as found:
+        # The decoder passes over the line break before it misses what should stand there.
+        end = len(text.rstrip(" \t\r\n"))
+        error = json.JSONDecodeError(found.msg, text, min(found.pos, end))
         place = f"column {error.colno}"
         if not one_line:
             place = f"line {error.lineno}, {place}"

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from lorakit.errors import UserError, near_path
+from lorakit.errors import UserError, listing, looks_local, near_path
 from lorakit.hub.ids import MODELS, HubId
 
 # Client libraries differ between huggingface_hub's versions (requests, httpx): what they raise
@@ -67,16 +67,17 @@ def _of_the_machine(error: Exception, hub_id: HubId) -> UserError | None:
     where = f"{hub_id.key}: {hub_id}"
     found = None
     if isinstance(error, errors.OfflineModeIsEnabled):
-        found = UserError(
-            f"{where} is not in the cache ({constants.HF_HUB_CACHE}), and HF_HUB_OFFLINE is set"
-            f"{_not_here(hub_id)}",
+        found = _out_of_reach(
+            hub_id,
+            f"not in the cache ({constants.HF_HUB_CACHE}), and HF_HUB_OFFLINE is set",
             "Run it once with HF_HUB_OFFLINE=0, or set HF_HOME to where it was downloaded.",
         )
     elif isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         found = disk_full(where)
     elif is_connection_error(error) or isinstance(error, errors.LocalEntryNotFoundError):
-        found = UserError(
-            f"{where}: no connection to {constants.ENDPOINT} ({_short(error)}){_not_here(hub_id)}",
+        found = _out_of_reach(
+            hub_id,
+            f"no connection to {constants.ENDPOINT} ({_short(error)})",
             "Check the network, and HF_ENDPOINT if it is set; run it again, and it goes on with "
             "what is there already.",
         )
@@ -104,10 +105,9 @@ def disk_full(where: str, sizes: str = "") -> UserError:
 
 
 def _no_repository(hub_id: HubId, address: str) -> UserError:
-    kind = "model" if hub_id.kind == MODELS else "data set"
     return UserError(
         f"{hub_id.key}: {hub_id}: no such path here{near_path(Path(str(hub_id)))}, and no such "
-        f"{kind} on the hub ({address})",
+        f"{_kind(hub_id)} on the hub ({address})",
         "Check the spelling. If it is private, set HF_TOKEN to a token of an account that may "
         "read it.",
     )
@@ -136,9 +136,28 @@ def _who() -> str:
     return "the account of the token in use" if get_token() else "a request without a token"
 
 
-def _not_here(hub_id: HubId) -> str:
-    near = near_path(Path(str(hub_id)))
-    return f"; nor is there such a path here{near}" if near else ""
+def _out_of_reach(hub_id: HubId, why: str, fix: str) -> UserError:
+    """Nobody knows whether the hub has it; what is known is that nothing here is called so."""
+    path, where = Path(str(hub_id)), f"{hub_id.key}: {hub_id}"
+    if looks_local(path):
+        return UserError(
+            f"{where}: no such path here{_nearest(path)}; as a {_kind(hub_id)} on the hub: {why}",
+            f"Check the spelling. If it is on the hub: {fix[0].lower()}{fix[1:]}",
+        )
+    return UserError(f"{where}: {why}; no such path here either", fix)
+
+
+def _nearest(path: Path) -> str:
+    near = near_path(path)
+    if near or not path.parent.is_dir():
+        return near
+    there = sorted(p.name for p in path.parent.iterdir() if not p.name.startswith("."))
+    rest = [f"{len(there) - 5} more"] if len(there) > 6 else []
+    return f" ({path.parent} holds {listing([*there[: 5 if rest else 6], *rest], 'nothing')})"
+
+
+def _kind(hub_id: HubId) -> str:
+    return "model" if hub_id.kind == MODELS else "data set"
 
 
 def _short(error: Exception) -> str:

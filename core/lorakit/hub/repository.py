@@ -12,6 +12,7 @@ from typing import Any
 from attrs import frozen
 
 from lorakit.atomic import write_file
+from lorakit.errors import disk_size
 from lorakit.hub.failures import disk_full, explain, explained
 from lorakit.hub.ids import HubId
 from lorakit.protocols import Progress
@@ -75,7 +76,7 @@ class Repository:
         needed = sum(sizes) - self._resumed(sizes)
         free = shutil.disk_usage(self.folder).free
         if needed + _SPARE_BYTES > free:
-            told = f": {needed / 1e9:.1f} GB to come, {free / 1e9:.1f} GB free"
+            told = f": {disk_size(needed)} to come, {disk_size(free)} free"
             raise disk_full(f"{self.id.key}: {self.id}", told)
 
     def _resumed(self, sizes: Sequence[int]) -> int:

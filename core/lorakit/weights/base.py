@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from lorakit.catalog import Catalog
-from lorakit.errors import UserError, listing
+from lorakit.errors import UserError, listing, near_path
 from lorakit.protocols import BaseCheckpoint, Progress
 from lorakit.records import ModelFamily, ModelSource
 
@@ -23,7 +23,8 @@ def source_of(path: str, catalog: Catalog) -> ModelSource:
     if not claiming:
         examples = listing([e for source in sources for e in source.examples])
         raise UserError(
-            f"model.path: {path!r} is no directory or file here, and of no other model source",
+            f"model.path: {path!r} is no directory or file here{near_path(Path(path))}, and of no "
+            "other model source",
             f"Such paths look like: {examples}",
         )
     return claiming[0]
