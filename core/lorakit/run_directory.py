@@ -95,26 +95,31 @@ def occupied(output: Path) -> Iterator[None]:
         UserError: Another one does.
     """
     made = not output.exists()
-    lock = FileLock(output / LOCK, timeout=0)
     try:
         output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"output: {output} cannot be written to: {error}", "Name another --output."
+        ) from None
+    lock = FileLock(output / LOCK, timeout=0)
+    try:
         lock.acquire()
     except Timeout:
         raise UserError(
             f"output: {output} is in use by another lorakit process",
             "Wait for it to end, or name another --output.",
         ) from None
-    except OSError as error:
-        raise UserError(
-            f"output: {output} cannot be written to: {error}", "Name another --output."
-        ) from None
+    except (OSError, NotImplementedError):
+        # Some network file systems have no locks, and a run may go on without.
+        pass
     try:
         yield
     finally:
-        # While it is held: another process might have it by the time it is released.
-        with suppress(OSError):
-            (output / LOCK).unlink(missing_ok=True)
-        lock.release()
+        if lock.is_locked:
+            # While it is held: another process might have it by the time it is released.
+            with suppress(OSError):
+                (output / LOCK).unlink(missing_ok=True)
+            lock.release()
         if made and not any(output.iterdir()):
             output.rmdir()
 
@@ -127,6 +132,8 @@ def _in_use(output: Path) -> bool:
         lock.acquire()
     except Timeout:
         return True
+    except (OSError, NotImplementedError):
+        return False
     lock.release()
     return False
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 import lorakit
+from lorakit import run_directory
 from lorakit.errors import UserError
 from lorakit.recipes import resolve_recipe
 from lorakit.run import dry_run
@@ -41,6 +42,17 @@ def test_a_run_that_is_under_way_is_not_resumed(make_recipe):
     with occupied(run), pytest.raises(UserError, match="in use"):
         lorakit.train(recipe, resume=True)
     assert not (run / LOCK).exists()
+
+
+@pytest.mark.parametrize("error", [NotImplementedError("no flock"), OSError(37, "No locks")])
+def test_a_file_system_without_locks_trains(error, make_recipe, monkeypatch):
+    def refused(self):
+        raise error
+
+    monkeypatch.setattr(run_directory.FileLock, "acquire", refused)
+    recipe = make_recipe(training={"max_steps": 1})
+    lorakit.train(recipe)
+    assert lorakit.train(recipe, resume=True).steps == 1
 
 
 def test_files_of_others_are_not_mixed_with_a_runs(make_recipe, tmp_path):
