@@ -47,6 +47,7 @@ CANDIDATES = {
 }
 DEFAULT = f"{CANDIDATE}packed 2,048"
 LENGTHS = (256, 512, 1024, 2048)
+TURNS = (1, 2)
 MEMORY_LENGTHS = (1024, 2048, 4096, 8192)
 LIMIT_STEP, LIMIT_PRODUCTS = "limit: step", "limit: matrix products"
 SHORT_DOCUMENT = 256
@@ -157,6 +158,11 @@ def ablation(inputs: Inputs, steps: int, results: Mapping[str, Any]) -> Iterator
         )
 
 
+def row_time(tokens: int, turn: int) -> str:
+    """The run whose micro-batches are of one row of so many tokens."""
+    return f"time: {tokens:,} tokens a row, turn {turn}"
+
+
 def rows_together(tokens: int) -> str:
     """The run whose micro-batches hold as many rows as the longest of `LENGTHS` holds tokens."""
     return f"time: {LENGTHS[-1] // tokens} rows of {tokens:,} tokens"
@@ -164,17 +170,19 @@ def rows_together(tokens: int) -> str:
 
 def scaling(inputs: Inputs, steps: int, results: Mapping[str, Any]) -> Iterator[Variant]:
     rows, base = inputs.short_rows(SHORT_DOCUMENT), best(results)
-    for tokens in LENGTHS:
-        setting = base.but(
-            data={"packed": True, "max_seq_len": tokens},
-            training={"gradient_accumulation_steps": 1},
-        )
-        # Short steps are many, so that each length is timed for about as long.
-        count = 1 + (steps - 1) * min(4, max(LENGTHS) // tokens)
-        yield Variant(
-            f"time: {tokens:,} tokens a row",
-            lambda s=setting, n=count: train_lorakit(s, inputs, rows=rows, steps=n),
-        )
+    # In turn and twice, since a fifth is to be seen, and the machine may change as much meanwhile.
+    for turn in TURNS:
+        for tokens in LENGTHS:
+            setting = base.but(
+                data={"packed": True, "max_seq_len": tokens},
+                training={"gradient_accumulation_steps": 1},
+            )
+            # Short steps are many, so that each length is timed for about as long.
+            count = 1 + (steps - 1) * min(4, max(LENGTHS) // tokens)
+            yield Variant(
+                row_time(tokens, turn),
+                lambda s=setting, n=count: train_lorakit(s, inputs, rows=rows, steps=n),
+            )
     for tokens in LENGTHS[:-1]:
         setting = base.but(
             data={"packed": True, "max_seq_len": tokens},

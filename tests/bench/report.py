@@ -13,6 +13,8 @@ from tests.bench.parts import (
     LIMIT_PRODUCTS,
     LIMIT_STEP,
     MEMORY_LENGTHS,
+    TURNS,
+    row_time,
     rows_together,
 )
 from tests.bench.processes import ROOT
@@ -282,23 +284,27 @@ def scaling(results: Results) -> Iterator[str]:
 
 
 def time_curve(results: Results) -> dict[int, float]:
-    """Milliseconds a token, by tokens a row."""
-    return {
-        n: 1e3 / tokens_per_second(results["runs"][f"time: {n:,} tokens a row"])
-        for n in LENGTHS
-        if succeeded(results, f"time: {n:,} tokens a row")
-    }
+    """Milliseconds a token, by tokens a row: of the turns together."""
+    curve = {}
+    for n in LENGTHS:
+        names = [name for turn in TURNS if succeeded(results, name := row_time(n, turn))]
+        if names:
+            found = [rate for name in names for rate in rates(results["runs"][name])]
+            curve[n] = 1e3 / statistics.median(found)
+    return curve
 
 
 def time_curve_together(results: Results) -> dict[int, float]:
     """Likewise, where all micro-batches are of as many tokens as the longest row."""
+    longest = LENGTHS[-1]
     names = {n: rows_together(n) for n in LENGTHS[:-1]}
-    names[LENGTHS[-1]] = f"time: {LENGTHS[-1]:,} tokens a row"
-    return {
+    curve = {
         n: 1e3 / tokens_per_second(results["runs"][name])
         for n, name in names.items()
         if succeeded(results, name)
     }
+    alone = time_curve(results)
+    return curve | ({longest: alone[longest]} if longest in alone else {})
 
 
 def milliseconds(value: float | None) -> str:

@@ -49,7 +49,9 @@ def found():
     }
     del runs["limit: matrix products"]["peak_bytes"]
     for n in (256, 512, 1024, 2048):
-        runs[f"time: {n:,} tokens a row"] = run("scaling", n, n / 100, 1.0, tokens=n)
+        for turn in (1, 2):
+            name = f"time: {n:,} tokens a row, turn {turn}"
+            runs[name] = run("scaling", n + turn, n / 100, 1.0, tokens=n)
     for rows, n in ((8, 256), (4, 512), (2, 1024)):
         runs[f"time: {rows} rows of {n:,} tokens"] = run("scaling", 2048, 20.48, 1.0, tokens=2048)
     for n in (1024, 2048, 8192):
