@@ -12,7 +12,7 @@ from typing import Any
 import tomli
 from attrs import frozen
 
-from lorakit.errors import UserError, did_you_mean, listing
+from lorakit.errors import UserError, did_you_mean, listing, near_path
 
 PACKED_NAME = "recipes.toml"
 RUN_RECIPE = "recipe.toml"
@@ -201,5 +201,10 @@ def find_recipe(reference: str) -> tuple[RecipeFile, str]:
     if os.path.exists(reference):
         raise UserError(
             f"{reference} is a path, not a recipe", "A recipe is FILE.toml:NAME, or a NAME."
+        )
+    if run.parent != Path():
+        raise UserError(
+            f"no run directory {reference}{near_path(run)}",
+            "A recipe is FILE.toml:NAME, a NAME, or the directory of a run.",
         )
     return file, reference

@@ -62,7 +62,8 @@ def free_output(output: Path, fixed: bool) -> Path:
         _refuse_foreign(output)
         return output
     if fixed:
-        _refuse_in_use(output)
+        if _in_use(output):
+            raise _in_use_by_another(output)
         raise UserError(
             f"output: {output} holds a run already",
             "Continue it with --resume, or name another --output.",
@@ -105,10 +106,7 @@ def occupied(output: Path) -> Iterator[None]:
     try:
         lock.acquire()
     except Timeout:
-        raise UserError(
-            f"output: {output} is in use by another lorakit process",
-            "Wait for it to end, or name another --output.",
-        ) from None
+        raise _in_use_by_another(output) from None
     except (OSError, NotImplementedError):
         # Some network file systems have no locks, and a run may go on without.
         pass
@@ -120,8 +118,10 @@ def occupied(output: Path) -> Iterator[None]:
             with suppress(OSError):
                 (output / LOCK).unlink(missing_ok=True)
             lock.release()
-        if made and not any(output.iterdir()):
-            output.rmdir()
+        if made:
+            # Refused where there is something in it.
+            with suppress(OSError):
+                output.rmdir()
 
 
 def _in_use(output: Path) -> bool:
@@ -138,9 +138,11 @@ def _in_use(output: Path) -> bool:
     return False
 
 
-def _refuse_in_use(output: Path) -> None:
-    with occupied(output):
-        pass
+def _in_use_by_another(output: Path) -> UserError:
+    return UserError(
+        f"output: {output} is in use by another lorakit process",
+        "Wait for it to end, or name another --output.",
+    )
 
 
 def write_recipe(recipe: Recipe) -> None:
@@ -178,6 +180,8 @@ def check_resumable(recipe: Recipe, store: SnapshotStore) -> None:
             "Leave out --resume to start one, or name the run's directory with --output.",
         )
     if not store.steps():
+        if _in_use(recipe.output):
+            raise _in_use_by_another(recipe.output)
         raise UserError(
             f"--resume: {recipe.output} has no complete checkpoint",
             "Leave out --resume to start over.",

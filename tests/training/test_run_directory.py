@@ -44,6 +44,23 @@ def test_a_run_that_is_under_way_is_not_resumed(make_recipe):
     assert not (run / LOCK).exists()
 
 
+def test_a_run_that_has_saved_nothing_yet_is_in_use_all_the_same(make_recipe):
+    recipe = make_recipe(training={"max_steps": 1})
+    run = lorakit.train(recipe).output
+    shutil.rmtree(run / "checkpoints")
+    with pytest.raises(UserError, match="no complete checkpoint"):
+        lorakit.train(recipe, resume=True)
+    with occupied(run), pytest.raises(UserError, match="in use by another"):
+        lorakit.train(recipe, resume=True)
+
+
+def test_a_run_directory_that_is_not_there_names_the_nearest(tmp_path, monkeypatch):
+    (tmp_path / "runs" / "mine").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=r"no run directory runs/mien \(did you mean 'mine'"):
+        lorakit.train("runs/mien", resume=True)
+
+
 @pytest.mark.parametrize("error", [NotImplementedError("no flock"), OSError(37, "No locks")])
 def test_a_file_system_without_locks_trains(error, make_recipe, monkeypatch):
     def refused(self):
