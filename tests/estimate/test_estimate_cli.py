@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -75,6 +76,45 @@ def test_compare_has_every_quantization_with_every_mode_of_checkpointing(
     )
     text = estimate(reference, "--compare").output
     assert "quantization  checkpointing" in text
+
+
+@pytest.mark.parametrize("quantization", [None, {"name": "nf4"}])
+@pytest.mark.parametrize("mode", ["none", "block"])
+def test_the_recipes_own_row_of_the_comparison_has_the_figures_of_the_table(
+    mode: str, quantization: dict[str, Any] | None, make_recipe: Callable[..., str]
+):
+    sections = {"quantization": quantization} if quantization else {}
+    reference = make_recipe(training={"activation_checkpointing": mode}, **sections)
+    lines = estimate(reference, "--compare").output.splitlines()
+    above = dict(re.findall(r"^  (\S.*?)  +(\S+ \S+)$", "\n".join(lines), re.MULTILINE))
+    header = next(i for i, line in enumerate(lines) if line.startswith("quantization"))
+    (own,) = [line for line in lines[header:] if line.endswith("yes, this recipe")]
+    names, figures = (re.split(r" {2,}", line) for line in (lines[header], own))
+    row = dict(zip(names, figures, strict=True))
+    assert (row["quantization"], row["checkpointing"]) == (
+        quantization["name"] if quantization else "none",
+        mode,
+    )
+    for part in ("base weights", "activations", "allocator", "in all"):
+        assert row[part] == above.get(part, "0 B"), part
+
+    content = json.loads(estimate(reference, "--compare", "--json").stdout)
+    (own_parts,) = [
+        variant["parts"]
+        for variant in content["compare"]
+        if (variant["quantization"], variant["activation_checkpointing"])
+        == (row["quantization"], mode)
+    ]
+    assert own_parts == content["parts"]
+    named = sum(own_parts[part] for part in ("base weights", "activations", "allocator"))
+    assert named < content["total"] == sum(own_parts.values())
+
+
+def test_rows_of_one_quantization_count_the_process_once(make_recipe: Callable[..., str]):
+    rows = json.loads(estimate(make_recipe(), "--compare", "--json").stdout)["compare"]
+    for name in ("none", "int8", "nf4"):
+        measured = {r["parts"]["process"] for r in rows if r["quantization"] == name}
+        assert len(measured) == 1
 
 
 def test_config_json_is_enough(make_recipe: Callable[..., str], checkpoint: Path, tmp_path: Path):

@@ -11,6 +11,7 @@ import torch
 from lorakit import scratch
 from lorakit.assemble import Run, assemble
 from lorakit.data.batches import Batch
+from lorakit.estimate import rehearsal
 from lorakit.estimate.rehearsal import (
     DEQUANTIZED,
     GRADIENTS,
@@ -18,6 +19,7 @@ from lorakit.estimate.rehearsal import (
     Rehearsal,
     most_in_use,
 )
+from lorakit.estimate.remembered import RememberedResults
 from lorakit.estimate.storages import StorageWatch
 from lorakit.loop import trainable_parameters
 from lorakit.loss import batch_loss
@@ -55,13 +57,14 @@ def real_step(recipe: Recipe) -> int:
     return most_in_use(watch.events)
 
 
-def real_micro_batch(run: Run) -> None:
+def real_micro_batch(run: Run, *, step: bool = True) -> None:
     tokens = torch.zeros(BATCH.tokens, dtype=torch.int64)
     layout = Layout.of_lengths(LENGTHS)
     batch = Batch(tokens, torch.zeros_like(tokens), layout, BATCH.trained, ())
     run.precision.backward(batch_loss(run.base.causal_lm, batch) / BATCH.trained)
-    for parameter in trainable_parameters(run.base.model):
-        parameter.grad = None
+    if step:
+        for parameter in trainable_parameters(run.base.model):
+            parameter.grad = None
 
 
 @pytest.mark.parametrize("sections", VARIANTS, ids=str)
@@ -76,29 +79,88 @@ def test_a_step_has_in_use_what_the_real_one_has(
     assert rehearsed == pytest.approx(real_step(recipe), abs=64)
 
 
+QUANTIZED: list[dict[str, Any]] = [
+    {"quantization": {"name": "nf4"}},
+    {"quantization": {"name": "int8"}, "precision": {"name": "bf16"}},
+]
+
+
+@pytest.mark.parametrize("sections", [*VARIANTS, *QUANTIZED], ids=str)
+def test_remembered_results_are_those_of_fake_tensors(
+    sections: dict[str, Any],
+    make_recipe: Callable[..., str],
+    rehearse: Callable[..., Rehearsal],
+    monkeypatch: pytest.MonkeyPatch,
+):
+    recipe = resolve_recipe(make_recipe(**sections))
+    remembered = rehearse(recipe)
+    found = [remembered.step(sizes) for sizes in (BATCH, MicroBatch((5, 70), 3))]
+    assert remembered._results._found
+    monkeypatch.setattr(
+        RememberedResults, "of", lambda _, func, args, kwargs: func(*args, **kwargs)
+    )
+    plain = rehearse(recipe)
+    assert [plain.step(sizes) for sizes in (BATCH, MicroBatch((5, 70), 3))] == found
+    assert (plain.weights, plain.loading) == (remembered.weights, remembered.loading)
+
+
+@pytest.mark.parametrize("sections", [*VARIANTS, *QUANTIZED], ids=str)
+def test_what_a_micro_batch_leaves_does_not_depend_on_its_length(
+    sections: dict[str, Any],
+    make_recipe: Callable[..., str],
+    rehearse: Callable[..., Rehearsal],
+    monkeypatch: pytest.MonkeyPatch,
+):
+    training = {**sections.get("training", {}), "gradient_accumulation_steps": 2}
+    recipe = resolve_recipe(make_recipe(**{**sections, "training": training}))
+    found = rehearse(recipe).step(BATCH)
+    monkeypatch.setattr(rehearsal, "SHORTEST", LENGTHS)
+    long = rehearse(recipe).step(BATCH)
+    assert [e.size for e in long.events] == [e.size for e in found.events]
+    assert long.buffers == found.buffers
+
+
+@pytest.mark.parametrize("sections", VARIANTS, ids=str)
+def test_a_later_micro_batch_of_a_step_has_the_gradients_beside_it(
+    sections: dict[str, Any],
+    make_recipe: Callable[..., str],
+    rehearse: Callable[..., Rehearsal],
+):
+    training = {**sections.get("training", {}), "gradient_accumulation_steps": 3}
+    recipe = resolve_recipe(make_recipe(**{**sections, "training": training}))
+    run = assemble(recipe, SilentProgress())
+    real_micro_batch(run, step=False)
+    watch = StorageWatch(BATCH.trained, CPU)
+    watch.ignore([*run.base.model.parameters(), *run.base.model.buffers()])
+    watch.ignore(scratch._kept.values())
+    gradients = [p.grad for p in trainable_parameters(run.base.model) if p.grad is not None]
+    watch.ignore(gradients)
+    with watch:
+        real_micro_batch(run, step=False)
+    real = most_in_use(watch.events) + sum(g.untyped_storage().nbytes() for g in gradients)
+    rehearsed = most_in_use(rehearse(recipe).step(BATCH).events)
+    assert rehearsed == pytest.approx(real, abs=64)
+
+
 def test_a_step_that_fails_leaves_the_process_as_it_was(
     rehearse: Callable[..., Rehearsal], monkeypatch: pytest.MonkeyPatch
 ):
-    rehearsal = rehearse(training={"fused": False})
+    failing = rehearse(training={"fused": False})
 
     def fail(*_: Any) -> None:
         assert not fused_now()
         raise RuntimeError("no such operation on fake tensors")
 
-    monkeypatch.setattr(rehearsal, "_micro_batch", fail)
+    monkeypatch.setattr(failing, "_micro_batch", fail)
     assert fused_now()
     with pytest.raises(RuntimeError, match="no such operation"):
-        rehearsal.step(BATCH)
+        failing.step(BATCH)
     assert fused_now()
 
 
 @pytest.mark.parametrize(
     "sections",
-    [
-        *VARIANTS,
-        {"quantization": {"name": "nf4"}},
-        {"quantization": {"name": "int8"}, "precision": {"name": "bf16"}},
-    ],
+    [*VARIANTS, *QUANTIZED],
     ids=str,
 )
 def test_weights_take_what_the_loaded_model_does(

@@ -35,8 +35,12 @@ def estimate(
         content = words.as_json(found)
         if comparison:
             content["compare"] = [
-                {"quantization": name, "activation_checkpointing": mode, **words.as_json(report)}
-                for name, mode, report in rows
+                {
+                    "quantization": row.quantization,
+                    "activation_checkpointing": row.mode,
+                    **words.as_json(row.report),
+                }
+                for row in rows
             ]
         click.echo(json.dumps(content, indent=2))
         return

@@ -10,7 +10,7 @@ from torch import nn
 from lorakit.base_model import build_on_meta, resolve_device
 from lorakit.errors import UserError
 from lorakit.estimate.rehearsal import MicroBatch, with_checkpointing
-from lorakit.estimate.report import Report, compare, report_on, table
+from lorakit.estimate.report import Report, Variant, compare, report_on, table
 from lorakit.estimate.room import room_on
 from lorakit.estimate.subject import (
     measured_micro_batch,
@@ -89,7 +89,7 @@ def with_checkpointing_chosen(
 
 def estimate_recipe(
     recipe: Recipe, *, use_data: bool = True, comparison: bool = False
-) -> tuple[Report, list[tuple[str, str, Report]]]:
+) -> tuple[Report, list[Variant]]:
     """A recipe's estimate and, if asked for, those of its variants.
 
     Args:
@@ -112,7 +112,7 @@ def estimate_recipe(
     tune_process(device, save_memory=gives_back)
     known: dict[str, Any] = {"device": device, "precision": precision, "room": room_on(device)}
     report = report_on(recipe, base, batch, **known)
-    rows = compare(recipe, base, batch, limits=False, **known) if comparison else []
+    rows = compare(recipe, base, batch, report, limits=False, **known) if comparison else []
     return report, rows
 
 

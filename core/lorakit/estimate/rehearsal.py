@@ -21,6 +21,7 @@ from lorakit.adapters import apply_adapter
 from lorakit.base_model import BaseModel, build_on_meta, load_weights
 from lorakit.blocks import checkpoint_blocks
 from lorakit.data.batches import Batch
+from lorakit.estimate.remembered import RememberedResults
 from lorakit.estimate.storages import Event, StorageWatch
 from lorakit.loop import trainable_parameters
 from lorakit.loss import batch_loss
@@ -36,6 +37,8 @@ from lorakit.weights.dtypes import torch_dtype
 
 ACTIVATIONS, LOSS, GRADIENTS = "activations", "loss", "gradients"
 DEQUANTIZED, SCRATCH, FILE = "dequantized", "scratch", "file"
+SHORTEST = (2,)
+"""Lengths of a micro-batch whose gradients are those of any other."""
 BYTES_UNKNOWN_OPTIMIZER = 8
 """State of an optimizer that does not say what it keeps: two fp32 numbers a parameter."""
 
@@ -68,6 +71,19 @@ class Step:
     buffers: int
 
 
+@frozen
+class _Left:
+    """What a micro-batch leaves behind.
+
+    Attributes:
+        gradients: Of each trained parameter; None where it got none.
+        scratch: Memory kept for reuse.
+    """
+
+    gradients: Sequence[Tensor | None]
+    scratch: Mapping[Any, Tensor]
+
+
 class Rehearsal:
     """A recipe's model as it will be in memory, without the memory.
 
@@ -90,9 +106,11 @@ class Rehearsal:
         self._config = checkpoint.config
         # Some families keep small tensors with values, such as rotary frequencies.
         self._mode = FakeTensorMode(allow_non_fake_inputs=True)
+        self._left: _Left | None = None
+        self._results = RememberedResults(self._mode)
         family = recipe.model.record
         model = build_on_meta(family, checkpoint.config, recipe.model.options)
-        watch = StorageWatch(0, device)
+        watch = StorageWatch(0, device, self._results)
         base = BaseModel(_Fakes(checkpoint, watch), family, model, cast(Any, None), 0)
         with self._mode, watch:
             load_weights(
@@ -119,23 +137,45 @@ class Rehearsal:
 
     def step(self, batch: MicroBatch) -> Step:
         """One optimizer step of micro-batches of this size."""
-        model, watch = self.model, StorageWatch(batch.trained, self._device)
+        model, watch = self.model, StorageWatch(batch.trained, self._device, self._results)
         trained = trainable_parameters(model)
+        before = None
+        if self._recipe.training.gradient_accumulation_steps > 1:
+            before = self._left_by_a_micro_batch()
         with self._fused_as_wanted(), self._mode, fakes_kept() as kept, watch:
             watch.ignore([*model.parameters(), *model.buffers()])
             _label_dequantized(model, watch)
-            for _ in range(min(2, self._recipe.training.gradient_accumulation_steps)):
-                self._micro_batch(batch, watch)
+            if before is not None:
+                watch.ignore(before.scratch.values())
+                kept.update(before.scratch)
+                with watch.labelled(GRADIENTS):
+                    for parameter, gradient in zip(trained, before.gradients, strict=True):
+                        parameter.grad = None if gradient is None else _made_like(gradient)
+            self._micro_batch(batch, watch)
             watch.relabel([p.grad for p in trained if p.grad is not None], GRADIENTS)
             watch.relabel(kept.values(), SCRATCH)
+            scratch = sum(t.untyped_storage().nbytes() for t in kept.values())
             for parameter in trained:
                 parameter.grad = None
         made = [e for e in watch.events if e.size > 0]
         weights = [e.size for e in made if watch.labels[e.storage] == DEQUANTIZED]
-        scratch = [e.size for e in made if watch.labels[e.storage] == SCRATCH]
         staying = {i for i, label in enumerate(watch.labels) if label in (DEQUANTIZED, SCRATCH)}
         events = [e for e in watch.events if e.storage not in staying]
-        return Step(events, watch.labels, max(weights, default=0) + sum(scratch))
+        return Step(events, watch.labels, max(weights, default=0) + scratch)
+
+    def _left_by_a_micro_batch(self) -> _Left:
+        """What the one before leaves to the next of a step.  More is in use during the next, so
+        that alone is rehearsed in full; what is left does not depend on how long it was."""
+        if self._left is None:
+            watch = StorageWatch(1, self._device, self._results)
+            with self._fused_as_wanted(), self._mode, fakes_kept() as kept, watch:
+                _label_dequantized(self.model, watch)
+                self._micro_batch(MicroBatch(SHORTEST, 1), watch)
+            trained = trainable_parameters(self.model)
+            self._left = _Left([p.grad for p in trained], dict(kept))
+            for parameter in trained:
+                parameter.grad = None
+        return self._left
 
     @contextmanager
     def _fused_as_wanted(self) -> Iterator[None]:
@@ -202,6 +242,12 @@ class _LabelledHead:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._model, name)
+
+
+def _made_like(tensor: Tensor) -> Tensor:
+    """Another one, with as much memory of its own."""
+    memory = tensor.new_empty(tensor.untyped_storage().nbytes() // tensor.itemsize)
+    return memory.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
 
 
 def _label_dequantized(model: nn.Module, watch: StorageWatch) -> None:

@@ -21,6 +21,8 @@ from lorakit.recipes import Recipe, Section
 
 MOST_REHEARSED = 2**13
 """Tokens in a rehearsal.  More take long, and memory grows evenly by then."""
+COMPARED = ("base weights", "activations", "allocator")
+"""Parts that quantization and activation checkpointing change most."""
 UNITS = ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB"))
 
 
@@ -30,6 +32,7 @@ class Report:
 
     Attributes:
         estimate: At the peak.
+        process: What of it the process takes itself.
         batch: The micro-batch it is for.
         batch_rows: `training.batch_size`.
         room: The device's memory; None where it is not known.
@@ -39,6 +42,7 @@ class Report:
     """
 
     estimate: Estimate
+    process: Process
     batch: MicroBatch
     batch_rows: int
     room: Room | None
@@ -51,6 +55,23 @@ class Report:
         return self.room is None or self.estimate.total <= self.room.available
 
 
+@frozen
+class Variant:
+    """A row of the comparison.
+
+    Attributes:
+        quantization: Its name, or `none`.
+        mode: Of activation checkpointing.
+        report: What it takes.
+        own: Whether it is the recipe as it is.
+    """
+
+    quantization: str
+    mode: str
+    report: Report
+    own: bool
+
+
 def report_on(
     recipe: Recipe,
     checkpoint: BaseCheckpoint,
@@ -60,6 +81,7 @@ def report_on(
     precision: Precision,
     room: Room | None,
     limits: bool = True,
+    process: Process | None = None,
 ) -> Report:
     """Estimates a recipe.
 
@@ -71,15 +93,17 @@ def report_on(
         precision: Its dtypes.
         room: The device's memory.
         limits: Look for the largest batch and length, too.
+        process: As measured before; None measures it.
     """
     settled = settle() if device.type == "cpu" else 0
     rehearsal = Rehearsal(recipe, checkpoint, device, precision)
-    # Now that what loads and quantizes has been imported.
-    process = Process(resident_bytes(), settled) if device.type == "cpu" else Process(0, 0)
+    if process is None:
+        # Now that what loads and quantizes has been imported.
+        process = Process(resident_bytes(), settled) if device.type == "cpu" else Process(0, 0)
     found = estimate_peak(rehearsal, batch, device, process)
     rows = recipe.training.batch_size
     if room is None or not limits:
-        return Report(found, batch, rows, room, device, None, None)
+        return Report(found, process, batch, rows, room, device, None, None)
     share = batch.trained / batch.tokens
 
     @cache
@@ -97,23 +121,37 @@ def report_on(
     known = {batch.tokens: found.total, half: peak(half)}
     most = most_tokens_that_fit(peak, known, room.available)
     length = math.ceil(batch.tokens / rows)
-    return Report(found, batch, rows, room, device, most // length, most // rows)
+    return Report(found, process, batch, rows, room, device, most // length, most // rows)
 
 
 def compare(
-    recipe: Recipe, checkpoint: BaseCheckpoint, batch: MicroBatch, **known: Any
-) -> list[tuple[str, str, Report]]:
+    recipe: Recipe, checkpoint: BaseCheckpoint, batch: MicroBatch, own: Report, **known: Any
+) -> list[Variant]:
     """The recipe with each quantization that is installed and with none, each with each mode of
-    activation checkpointing: `(quantization, mode, report)`."""
+    activation checkpointing.
+
+    Args:
+        recipe: Its activation checkpointing is chosen.
+        checkpoint: The base model's files.
+        batch: Its largest micro-batch.
+        own: The recipe's own report, which is the row of its own setting.
+        known: As `report_on` takes them.
+    """
     chosen = recipe.quantization
     others = [Section(r, r.options()) for r in recipe.catalog.all("quantization")]
     sections = [s if chosen is None or s.name != chosen.name else chosen for s in others]
     rows = []
     for section in [None, *sections]:
+        # Measured once for each: it grows by what estimating itself leaves behind.
+        process = own.process if section == chosen else None
         for mode in CHECKPOINTING_MODES:
-            variant = evolve(with_checkpointing(recipe, mode), quantization=section)
-            found = report_on(variant, checkpoint, batch, **known)
-            rows.append((section.name if section else "none", mode, found))
+            is_own = section == chosen and mode == recipe.training.activation_checkpointing
+            report = own
+            if not is_own:
+                variant = evolve(with_checkpointing(recipe, mode), quantization=section)
+                report = report_on(variant, checkpoint, batch, process=process, **known)
+            process = report.process
+            rows.append(Variant(section.name if section else "none", mode, report, is_own))
     return rows
 
 
@@ -158,20 +196,23 @@ def verdict(report: Report) -> list[str]:
     return lines
 
 
-def comparison_table(rows: Sequence[tuple[str, str, Report]]) -> list[str]:
-    """A line for each variant."""
+def comparison_table(rows: Sequence[Variant]) -> list[str]:
+    """A line for each variant: parts under the names they have in `table`, the sum of all others,
+    and the same sum in all."""
+    others = "others"
     lines = [
-        f"{'quantization':<14}{'checkpointing':<15}{'weights':>12}{'activations':>13}"
-        f"{'in all':>12}  fits"
+        f"{'quantization':<14}{'checkpointing':<13}"
+        + "".join(f"{part:>14}" for part in (*COMPARED, others, "in all"))
+        + "  fits"
     ]
-    for name, mode, report in rows:
-        parts = report.estimate.parts
-        weights = parts["base weights"] + parts["embeddings and head"]
-        moving = parts["activations"] + parts["allocator"]
+    for row in rows:
+        parts, total = row.report.estimate.parts, row.report.estimate.total
+        compared = [parts[part] for part in COMPARED]
+        sizes = [*compared, total - sum(compared), total]
         lines.append(
-            f"{name:<14}{mode:<15}{size_text(weights):>12}"
-            f"{size_text(moving):>13}{size_text(report.estimate.total):>12}  "
-            f"{'yes' if report.fits else 'no'}"
+            f"{row.quantization:<14}{row.mode:<13}"
+            + "".join(f"{size_text(size):>14}" for size in sizes)
+            + f"  {'yes' if row.report.fits else 'no'}{', this recipe' if row.own else ''}"
         )
     return lines
 

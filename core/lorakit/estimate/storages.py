@@ -15,8 +15,11 @@ from typing import Any, TypeVar
 import torch
 from attrs import frozen
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+
+from lorakit.estimate.remembered import RememberedResults
 
 T = TypeVar("T")
 
@@ -41,6 +44,7 @@ class StorageWatch(TorchDispatchMode):
         trained: Tokens with a label: the one number that shapes do not give, and that the loss
             asks for.
         device: Storages elsewhere are not recorded.
+        results: Does the operations on fake tensors; None where they are done as they come.
 
     Attributes:
         events: In order.
@@ -50,13 +54,16 @@ class StorageWatch(TorchDispatchMode):
     Entered inside `FakeTensorMode`, so that it comes before it.
     """
 
-    def __init__(self, trained: int, device: torch.device) -> None:
+    def __init__(
+        self, trained: int, device: torch.device, results: RememberedResults | None = None
+    ) -> None:
         super().__init__()
         self.events: list[Event] = []
         self.labels: list[str] = []
         self.label = ""
         self._trained = trained
         self._device = device
+        self._results = results
         self._known: dict[int, tuple[int, weakref.ref[torch.UntypedStorage]]] = {}
 
     @contextmanager
@@ -94,14 +101,21 @@ class StorageWatch(TorchDispatchMode):
             found = args[0].new_empty(self._trained, args[0].dim(), dtype=torch.int64)
             self._record(found)
             return found
-        result = func(*args, **(kwargs or {}))
+        if func is torch.ops.prim.device.default and isinstance(args[0], FakeTensor):
+            # Each `tensor.device` comes here: half of all calls.
+            return args[0].fake_device
+        if self._results is None:
+            result = func(*args, **(kwargs or {}))
+        else:
+            result = self._results.of(func, args, kwargs or {})
         for leaf in tree_leaves(result):
             if isinstance(leaf, Tensor):
                 self._record(leaf)
         return result
 
     def _record(self, tensor: Tensor) -> None:
-        if tensor.device.type != self._device.type:
+        device = tensor.fake_device if isinstance(tensor, FakeTensor) else tensor.device
+        if device.type != self._device.type:
             return
         storage = tensor.untyped_storage()
         key = storage._cdata
