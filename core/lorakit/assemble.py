@@ -82,6 +82,7 @@ class Run:
             adapter.record,
             adapter.options,
             self.adapted,
+            family=self.base.family,
             base=self.base.checkpoint,
             base_name=base_name(path, self.base.path, self.recipe.catalog)[0],
             adapter=self.recipe.output / ADAPTER,

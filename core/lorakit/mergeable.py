@@ -109,6 +109,7 @@ class Mergeable:
             self.adapter.method,
             self.adapter.options,
             self.names,
+            family=self.base.family,
             base=self.base.checkpoint,
             base_name=str(self.adapter.config.get("base_model_name_or_path") or self.base.path),
             adapter=self.adapter.path,

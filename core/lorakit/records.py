@@ -60,10 +60,13 @@ class ModelFamily(Offer):
         build: `build(config, options)` returns the model on the meta device, its parameters
             named and shaped as in the Hugging Face checkpoint.  `config` is the parsed
             config.json.  Raises `UserError` for a field it cannot honour.
+        vllm_architectures: Those `architectures` of config.json of which vLLM serves LoRA
+            adapters; empty where that is not known.
     """
 
     model_types: tuple[str, ...]
     build: Callable[[Mapping[str, Any], Any], CausalLM]
+    vllm_architectures: tuple[str, ...] = ()
 
 
 @frozen(kw_only=True)

@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
 import pytest
 
 from lorakit.builtin.lora import LoRAOptions
 from lorakit.builtin.lora_serving import serving
+from lorakit.catalog import load_catalog
 from lorakit.cli import main
 from lorakit.protocols import Serving
+from lorakit.records import ModelFamily
+from lorakit.serving import serving_advice
+from lorakit.weights.base import family_of
 
 LLAMA = ["model.layers.0.self_attn.q_proj", "model.layers.0.mlp.up_proj"]
 PHI3 = ["model.layers.0.self_attn.qkv_proj", "model.layers.0.mlp.gate_up_proj"]
@@ -51,6 +59,56 @@ def test_adapters_it_refuses(options, names, said):
     assert len(found.refused) == len(said)
     for reason, word in zip(found.refused, said, strict=True):
         assert word in reason
+
+
+@pytest.fixture
+def advice(tmp_path):
+    """`advice(family, config)`: what is said of an adapter that vLLM takes."""
+    (tmp_path / "config.json").write_text("{}")
+    method = next(m for m in load_catalog().all("adapter") if m.name == "lora")
+
+    def advice(family, config):
+        base = SimpleNamespace(path=tmp_path, config=config)
+        adapter = tmp_path / "run" / "adapter"
+        return serving_advice(method, LoRAOptions(), LLAMA, family=family, base=base,
+                              base_name="base", adapter=adapter)  # fmt: skip
+
+    return advice
+
+
+CONFIGS = sorted((Path(__file__).parents[1] / "models" / "configs").glob("*.json"))
+
+
+@pytest.mark.parametrize("file", CONFIGS, ids=lambda file: file.stem)
+def test_lorakits_own_families_say_which_models_vllm_serves(file, advice):
+    config = json.loads(file.read_text())
+    family = family_of(config, load_catalog(), file)
+    assert set(config["architectures"]) <= set(family.vllm_architectures)
+    assert advice(family, config).startswith("vllm serve base --enable-lora --lora-modules run=")
+
+
+@pytest.mark.parametrize(
+    ("known", "config", "said"),
+    [
+        ((), {"architectures": ["ToyForCausalLM"]}, "whether vLLM serves toy models is not known"),
+        (("ToyForCausalLM",), {"architectures": ["ToyModel"]}, "whether vLLM serves ToyModel is"),
+        (("ToyForCausalLM",), {"architectures": "ToyForCausalLM"}, "has no `architectures`"),
+        (("ToyForCausalLM",), {}, "has no `architectures`"),
+    ],
+)
+def test_of_a_model_it_may_not_have_no_command_is_given(known, config, said, advice):
+    family = ModelFamily(
+        name="toy", summary="x", model_types=("toy",), build=None, vllm_architectures=known
+    )
+    assert said in advice(family, config)
+    assert "vllm serve" not in advice(family, config)
+
+
+def test_a_record_of_before_says_nothing_and_gets_no_command(advice):
+    family = ModelFamily(name="toy", summary="x", model_types=("toy",), build=None)
+    assert advice(family, {"architectures": ["LlamaForCausalLM"]}) == (
+        "whether vLLM serves toy models is not known to lorakit"
+    )
 
 
 @pytest.fixture

@@ -35,6 +35,8 @@ def test_plugins_list_shows_it(toy_environment: Environment):
 def test_it_trains(toy_environment: Environment):
     done = toy_environment.run("lorakit", "train", "recipes.toml:toy", "--output", "trained")
     assert done.returncode == 0, done.stderr
+    told = "serve with vLLM: whether vLLM serves toy models is not known to lorakit\n"
+    assert told in done.stdout
     run = toy_environment.path / "trained"
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == list(range(1, 9))

@@ -36,5 +36,6 @@ def lorakit_model_families() -> list[ModelFamily]:
             options=GemmaOptions,
             model_types=("gemma", "gemma2", "gemma3_text", "gemma3"),
             build=build,
+            vllm_architectures=("GemmaForCausalLM", "Gemma2ForCausalLM", "Gemma3ForCausalLM"),
         )
     ]

@@ -36,5 +36,6 @@ def lorakit_model_families() -> list[ModelFamily]:
             options=LlamaOptions,
             model_types=("llama",),
             build=build,
+            vllm_architectures=("LlamaForCausalLM",),
         )
     ]

@@ -36,5 +36,6 @@ def lorakit_model_families() -> list[ModelFamily]:
             options=MistralOptions,
             model_types=("mistral",),
             build=build,
+            vllm_architectures=("MistralForCausalLM",),
         )
     ]

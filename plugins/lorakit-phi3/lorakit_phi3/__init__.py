@@ -36,5 +36,6 @@ def lorakit_model_families() -> list[ModelFamily]:
             options=Phi3Options,
             model_types=("phi3",),
             build=build,
+            vllm_architectures=("Phi3ForCausalLM",),
         )
     ]

@@ -36,5 +36,6 @@ def lorakit_model_families() -> list[ModelFamily]:
             options=QwenOptions,
             model_types=("qwen2", "qwen3"),
             build=build,
+            vllm_architectures=("Qwen2ForCausalLM", "Qwen3ForCausalLM"),
         )
     ]
