@@ -59,8 +59,9 @@ def run_recipe(
     """
     recipe, notices = _with_output(recipe, resume=resume, fixed=fixed_output)
     store = _open_store(recipe)
-    with occupied(recipe.output), saved_steps_told(store, _going_on(recipe)):
-        return _run(recipe, store, notices, resume=resume, check_memory=check_memory)
+    state = TrainState()
+    with occupied(recipe.output), saved_steps_told(store, state, _going_on(recipe)):
+        return _run(recipe, store, state, notices, resume=resume, check_memory=check_memory)
 
 
 def _with_output(recipe: Recipe, *, resume: bool, fixed: bool) -> tuple[Recipe, list[str]]:
@@ -78,6 +79,7 @@ def _with_output(recipe: Recipe, *, resume: bool, fixed: bool) -> tuple[Recipe, 
 def _run(
     recipe: Recipe,
     store: SnapshotStore,
+    state: TrainState,
     notices: Sequence[str],
     *,
     resume: bool,
@@ -86,7 +88,6 @@ def _run(
     progress = TerminalProgress()
     run = assemble(recipe, progress, check_memory=check_memory)
     run.notices.extend(notices)
-    state = TrainState()
     optimizer = build_optimizer(
         recipe.optimizer.record,
         recipe.optimizer.options,

@@ -247,7 +247,7 @@ def test_interrupted_before_the_first_step(resumed, recipe, signal_at, monkeypat
         command = f"lorakit train {run_of(reference) / 'recipe.toml'}:tiny --resume"
         assert f"lorakit: stopped; step 2 is saved, go on with: {command}" in said
     else:
-        assert "lorakit: stopped; nothing was saved yet" in said
+        assert "lorakit: stopped before the first step was done; nothing was saved" in said
 
 
 @pytest.fixture

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import signal
 import sys
 from collections.abc import Sequence
 
@@ -15,6 +16,7 @@ from lorakit.cli.plugins import plugins
 from lorakit.cli.recipes import recipes
 from lorakit.cli.train import preview, train
 from lorakit.errors import Interrupted, LorakitError, UserError, did_you_mean
+from lorakit.interrupts import signal_of, signals_raised
 
 
 class _Group(click.Group):
@@ -57,12 +59,16 @@ _OF_THE_PATH = {
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs the command line; exit status 0 done, 1 the run failed, 2 the input is wrong,
     130 interrupted, 143 terminated."""
+    with signals_raised():
+        _main(arguments)
+
+
+def _main(arguments: Sequence[str] | None) -> None:
     try:
         status = app.main(args=arguments, standalone_mode=False)
         sys.exit(status if isinstance(status, int) else 0)
-    except click.exceptions.Abort:
-        print("interrupted", file=sys.stderr)
-        sys.exit(130)
+    except click.exceptions.Abort as error:
+        _exit_stopped(error.__cause__)
     except click.ClickException as error:
         error.show()
         sys.exit(error.exit_code)
@@ -70,9 +76,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         word = "lorakit" if isinstance(error, Interrupted) else "error"
         print(f"{word}: {error}", file=sys.stderr)
         sys.exit(error.exit_status)
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        sys.exit(130)
+    except KeyboardInterrupt as error:
+        _exit_stopped(error)
     except BrokenPipeError:
         # The reader (`| head`) has gone; its end is not our failure.
         sys.stderr.close()
@@ -83,3 +88,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         where = f"{error.filename}: " if error.filename else ""
         print(f"error: {where}{error.strerror}", file=sys.stderr)
         sys.exit(UserError.exit_status)
+
+
+def _exit_stopped(error: BaseException | None) -> None:
+    """Of a command that leaves nothing half done."""
+    number = signal_of(error)
+    print("terminated" if number == signal.SIGTERM else "interrupted", file=sys.stderr)
+    sys.exit(128 + number)

@@ -6,6 +6,8 @@ import sys
 
 import click
 
+from lorakit.interrupts import nothing_saved_told
+
 
 @click.command()
 @click.argument("recipe")
@@ -31,6 +33,18 @@ def train(
     no_memory_check: bool,
 ) -> None:
     """Train RECIPE: the main job."""
+    with nothing_saved_told():
+        _train(recipe, overrides, output, resume, dry_run, no_memory_check)
+
+
+def _train(
+    recipe: str,
+    overrides: tuple[str, ...],
+    output: str | None,
+    resume: bool,
+    dry_run: bool,
+    no_memory_check: bool,
+) -> None:
     from lorakit.recipes import parse_override, resolve_recipe
 
     resolved = resolve_recipe(
