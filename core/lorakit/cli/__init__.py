@@ -6,6 +6,7 @@ import errno
 import signal
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 import click
 
@@ -20,7 +21,7 @@ from lorakit.interrupts import signal_of, signals_raised
 
 
 class _Group(click.Group):
-    """Suggests the nearest command for one that does not exist."""
+    """Suggests the nearest command for one that does not exist, and ends a stopped one."""
 
     def resolve_command(
         self, ctx: click.Context, args: list[str]
@@ -29,6 +30,15 @@ class _Group(click.Group):
             hint = did_you_mean(args[0], self.list_commands(ctx))
             ctx.fail(f"no command {args[0]!r}{hint}")
         return super().resolve_command(ctx, args)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt as error:
+            # Whatever the command was, it leaves nothing half done.
+            number = signal_of(error)
+            word = "terminated" if number == signal.SIGTERM else "interrupted"
+            raise Interrupted(word, number) from None
 
 
 @click.group(
@@ -60,7 +70,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Runs the command line; exit status 0 done, 1 the run failed, 2 the input is wrong,
     130 interrupted, 143 terminated."""
     with signals_raised():
-        _main(arguments)
+        try:
+            _main(arguments)
+        except KeyboardInterrupt as error:
+            # While the end of the command was being told.
+            sys.exit(128 + signal_of(error))
 
 
 def _main(arguments: Sequence[str] | None) -> None:
@@ -68,7 +82,8 @@ def _main(arguments: Sequence[str] | None) -> None:
         status = app.main(args=arguments, standalone_mode=False)
         sys.exit(status if isinstance(status, int) else 0)
     except click.exceptions.Abort as error:
-        _exit_stopped(error.__cause__)
+        print("lorakit: interrupted", file=sys.stderr)
+        sys.exit(128 + signal_of(error.__cause__))
     except click.ClickException as error:
         error.show()
         sys.exit(error.exit_code)
@@ -76,8 +91,6 @@ def _main(arguments: Sequence[str] | None) -> None:
         word = "lorakit" if isinstance(error, Interrupted) else "error"
         print(f"{word}: {error}", file=sys.stderr)
         sys.exit(error.exit_status)
-    except KeyboardInterrupt as error:
-        _exit_stopped(error)
     except BrokenPipeError:
         # The reader (`| head`) has gone; its end is not our failure.
         sys.stderr.close()
@@ -88,10 +101,3 @@ def _main(arguments: Sequence[str] | None) -> None:
         where = f"{error.filename}: " if error.filename else ""
         print(f"error: {where}{error.strerror}", file=sys.stderr)
         sys.exit(UserError.exit_status)
-
-
-def _exit_stopped(error: BaseException | None) -> None:
-    """Of a command that leaves nothing half done."""
-    number = signal_of(error)
-    print("terminated" if number == signal.SIGTERM else "interrupted", file=sys.stderr)
-    sys.exit(128 + number)
