@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from attrs import evolve, frozen
+from torch import nn
 
 from lorakit.adapters import adapter_config, apply_adapter
 from lorakit.base_model import BaseModel, load_weights, open_base_model, resolve_device
@@ -110,7 +111,7 @@ def assemble(
     tokenizer = base.tokenizer.with_template(data.chat_template)
     dataset = load_dataset(recipe.data.record, data, tokenizer, progress, catalog=recipe.catalog)
     _check_ids(dataset, int(base.causal_lm.lm_head.out_features), recipe.model.options.path)
-    plan = batch_plan(recipe, dataset)
+    plan = batch_plan(recipe, dataset, base.model)
     largest = _largest_micro_batch(plan, recipe)
     training = _with_mode(recipe, base, largest, device, precision).training
     gives_back = training.saves_memory and is_large(base.checkpoint.config, largest.tokens)
@@ -172,8 +173,8 @@ def _check_ids(dataset: Dataset, vocabulary: int, path: str) -> None:
             )
 
 
-def batch_plan(recipe: Recipe, dataset: Dataset) -> BatchPlan:
-    """The order of a recipe's data."""
+def batch_plan(recipe: Recipe, dataset: Dataset, model: nn.Module) -> BatchPlan:
+    """The order of a recipe's data, for a model of its family."""
     training, data = recipe.training, recipe.data.options
     return BatchPlan(
         dataset=dataset,
@@ -182,6 +183,7 @@ def batch_plan(recipe: Recipe, dataset: Dataset) -> BatchPlan:
         window=training.gradient_accumulation_steps,
         packed_length=data.max_seq_len if data.packed else 0,
         shuffle=data.shuffle,
+        share_prefixes=training.share_prefixes and getattr(model, "shares_prefixes", False),
     )
 
 

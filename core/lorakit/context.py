@@ -56,13 +56,13 @@ def rows_notice(lengths: Sequence[int], config: Mapping[str, Any], max_seq_len: 
     )
 
 
-def prompt_notice(length: int, context: int | None) -> str | None:
-    """What to read before an answer to a prompt of so many tokens; None if it is within the
-    model's context, or that is not known."""
+def prompt_notice(length: int, context: int | None, what: str = "the prompt") -> str | None:
+    """What to read before an answer to a prompt of so many tokens, or to `what` has them; None if
+    it is within the model's context, or that is not known."""
     if context is None or length <= context:
         return None
     return (
-        f"the prompt has {length:,} tokens, more than the model's context of {context:,} "
+        f"{what} has {length:,} tokens, more than the model's context of {context:,} "
         "(config.json: max_position_embeddings): the answer may make no sense"
     )
 

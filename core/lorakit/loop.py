@@ -109,7 +109,7 @@ def train(
                 _check_finite("gradient norm", grad_norm, window, state, plan)
             optimizer.zero_grad()
 
-            tokens = sum(len(batch.tokens) for batch in window)
+            tokens = sum(batch.size for batch in window)
             _advance(state, window, tokens, trained, loss)
             step_seconds = time.perf_counter() - started + seconds
             log.metrics(

@@ -129,16 +129,21 @@ def _slopes_(buffers: _Buffers, target: Tensor, total: Tensor, scale: float) -> 
         buffers.product.copy_(score)
 
 
-def cross_entropy_sum(model: CausalLM, hidden: Tensor, labels: Tensor) -> Tensor:
+def cross_entropy_sum(
+    model: CausalLM, hidden: Tensor, labels: Tensor, places: Tensor | None = None
+) -> Tensor:
     """The negative log-likelihood summed over the trained tokens, fp32.
 
     Args:
         model: Gives the head, and by `logit_softcap` the cap on its logits.
         hidden: `[T, D]`.
-        labels: `[T]`; -100 is not trained, and not even projected.
+        labels: `[S]`; -100 is not trained, and not even projected.
+        places: `[S]` which hidden state is each label's; None where S is T and they are in order.
     """
     kept = (labels != IGNORED).nonzero().squeeze(1)
-    if len(kept) < len(labels):
+    if places is not None:
+        hidden, labels = hidden.index_select(0, places[kept]), labels.index_select(0, kept)
+    elif len(kept) < len(labels):
         hidden, labels = hidden.index_select(0, kept), labels.index_select(0, kept)
     weight = frozen_head_weight(model)
     if weight is None:
@@ -181,4 +186,4 @@ def batch_loss(model: CausalLM, batch: Batch) -> Tensor:
     """The summed loss of a micro-batch; divide by the step's trained tokens."""
     batch = batch.rounded(row_multiple())
     hidden = model.hidden(batch.tokens, batch.layout)
-    return cross_entropy_sum(model, hidden, batch.labels)
+    return cross_entropy_sum(model, hidden, batch.labels, batch.layout.places)

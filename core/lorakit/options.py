@@ -182,6 +182,7 @@ class TrainingOptions:
         activation_offloading: Move the blocks' inputs to host memory until the backward pass
             needs them.  On CUDA; elsewhere they are there already.
         compile: Run each block through torch.compile.
+        share_prefixes: Compute once what documents of a micro-batch begin with in common.
         fused: Hand-written backward passes that keep little; false computes the same by plain
             autograd, with about twice the memory for activations.
         profile: Record two steps early in the run, in the run directory's `profile/`.
@@ -195,6 +196,7 @@ class TrainingOptions:
     activation_checkpointing: bool | str = field(default="none", converter=_checkpointing_mode)
     activation_offloading: bool = field(default=False)
     compile: bool = False
+    share_prefixes: bool = True
     fused: bool = True
     profile: bool = False
 

@@ -33,6 +33,10 @@ class CausalLM(Protocol):
     Where logits are more than the head's product, the model says so by one of two attributes
     that others leave out: `logit_softcap: float | None`, for cap * tanh(z / cap), or
     `logits_are_transformed = True`, for anything else, at the price of a slower loss.
+
+    By `shares_prefixes = True` a model says that it takes layouts whose documents share tokens:
+    that its tokens meet only in `lorakit.modules.attention.document_attention`, and a hidden state
+    depends on no later token.
     """
 
     lm_head: nn.Linear

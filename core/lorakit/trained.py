@@ -75,12 +75,17 @@ class Scores:
         loss: The mean over its trained tokens.
         trained_tokens: How many there are.
         rows: Those that have them.
+        rows_cut: Those of them whose end was cut off.
+        rows_left_out: Rows of the file beside them: too long, or without a trained token once
+            they were cut.
         losses: What was cut or left out, each as part of a sentence.
     """
 
     loss: float
     trained_tokens: int
     rows: int
+    rows_cut: int = 0
+    rows_left_out: int = 0
     losses: tuple[str, ...] = ()
 
     @property
@@ -224,5 +229,12 @@ def evaluate(trained: Trained, data: str, form_name: str | None = None) -> Score
             total += float(batch_loss(trained.model, batch))  # type: ignore[arg-type]
             count += batch.trained
             task.advance()
-    losses = dataset.report.losses(section.options.max_seq_len)
-    return Scores(total / count, count, len(dataset.examples), tuple(losses))
+    report = dataset.report
+    return Scores(
+        total / count,
+        count,
+        len(dataset.examples),
+        report.truncated,
+        report.dropped + report.untrained,
+        tuple(report.losses(section.options.max_seq_len)),
+    )

@@ -180,7 +180,7 @@ def main() -> None:
         for _, window in zip(range(run.total_steps), run.plan.windows(0, 0), strict=False):
             seconds = min(timed(run, window, onednn=False), timed(run, window, onednn=True))
             counts = {
-                "tokens": sum(len(batch.tokens) for batch in window),
+                "tokens": sum(batch.size for batch in window),
                 "trained_tokens": sum(batch.trained for batch in window),
             }
             steps.append({"seconds": seconds, **counts})

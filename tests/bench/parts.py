@@ -136,6 +136,9 @@ def ablation(inputs: Inputs, steps: int, results: Mapping[str, Any]) -> Iterator
             data={"packed": False, "max_seq_len": 1024},
             training={"gradient_accumulation_steps": 1},
         ),
+        "beginnings in common computed for each document": base.but(
+            training={"share_prefixes": False}
+        ),
         "plain autograd (fused = false)": base.but(training={"fused": False}),
         "whole logits (no chunked loss)": base.but(without="chunked-loss"),
         "every token projected": base.but(without="trained-only"),

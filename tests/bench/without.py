@@ -24,20 +24,25 @@ from lorakit.modules import attention, flash, matmul
 from lorakit.protocols import CausalLM
 
 
-def whole_logits(model: CausalLM, hidden: Tensor, labels: Tensor) -> Tensor:
+def whole_logits(
+    model: CausalLM, hidden: Tensor, labels: Tensor, places: Tensor | None = None
+) -> Tensor:
     """Cross-entropy over the logits of all trained tokens at once, by plain autograd."""
     kept = (labels != IGNORED).nonzero().squeeze(1)
-    logits = model.logits(hidden.index_select(0, kept))
+    logits = model.logits(hidden.index_select(0, kept if places is None else places[kept]))
     return F.cross_entropy(logits.float(), labels.index_select(0, kept), reduction="sum")
 
 
-def every_token(model: CausalLM, hidden: Tensor, labels: Tensor) -> Tensor:
+def every_token(
+    model: CausalLM, hidden: Tensor, labels: Tensor, places: Tensor | None = None
+) -> Tensor:
     """The product's own loss, with untrained tokens projected too.
 
     Their hidden states are replaced by zeros, which cost as much, have a loss of log V each, and
     need no gradient.
     """
     kept = labels != IGNORED
+    hidden = hidden if places is None else hidden.index_select(0, places)
     zeroed = torch.where(kept.unsqueeze(1), hidden, 0)
     total = _own_loss(model, zeroed, labels.clamp_min(0))
     return total - int((~kept).sum()) * math.log(model.lm_head.out_features)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 from attrs import frozen
@@ -31,3 +34,18 @@ def cli(capsys: pytest.CaptureFixture[str]) -> Callable[..., Done]:
         return Done(exited.value.code, written.out, written.err)
 
     return run
+
+
+@pytest.fixture
+def with_template(checkpoint: Path, tmp_path: Path) -> Callable[[str | None], Path]:
+    """The random model with another chat template, or none."""
+
+    def make(template: str | None) -> Path:
+        folder = tmp_path / "other-template"
+        shutil.copytree(checkpoint, folder)
+        file = folder / "tokenizer_config.json"
+        config = {**json.loads(file.read_text()), "chat_template": template}
+        file.write_text(json.dumps({k: v for k, v in config.items() if v is not None}))
+        return folder
+
+    return make

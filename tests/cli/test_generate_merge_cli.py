@@ -6,6 +6,7 @@ import io
 import json
 import math
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -86,6 +87,9 @@ def test_generate_follows_its_flags(
     assert cli(*ask, "--temperature", 2.0, "--seed", 3).out in drawn
     monkeypatch.setattr("sys.stdin", io.StringIO("Say tokens"))
     assert cli("generate", run, "--prompt", "-", "--max-new-tokens", 6).out == greedy.out
+    # As `echo` writes it.
+    monkeypatch.setattr("sys.stdin", io.StringIO("Say tokens\n"))
+    assert cli("generate", run, "--prompt", "-", "--max-new-tokens", 6).out == greedy.out
     # The base model alone answers something else: training did something.
     base = cli("generate", checkpoint, "--prompt", "Say tokens", "--max-new-tokens", 6)
     assert base.status == 0
@@ -104,6 +108,49 @@ def test_eval_sees_what_training_did(run: Path, cli: Cli, checkpoint: Path, tmp_
     assert before[2:] == after[2:] == folded[2:]
     assert after[3] == len(ROWS)
     assert after[1] == pytest.approx(math.exp(after[0]), rel=1e-3)
+
+
+def test_eval_as_json(run: Path, cli: Cli) -> None:
+    data = run.parent / "data.jsonl"
+    loss, score, tokens, rows = perplexity(cli, run, data)
+    done = cli("eval", run, "--data", data, "--json")
+    assert done.status == 0
+    found = json.loads(done.out)
+    assert found.pop("loss") == pytest.approx(loss, abs=6e-5)
+    assert found.pop("perplexity") == pytest.approx(score, abs=6e-3)
+    counts = {"trained_tokens": tokens, "rows": rows, "rows_cut": 0, "rows_left_out": 0}
+    assert found == counts
+
+
+def test_eval_as_json_tells_what_was_cut_and_left_out(make_recipe: MakeRecipe, cli: Cli) -> None:
+    output = lorakit.train(make_recipe(ROWS, data={"max_seq_len": 40})).output
+    user, assistant = ROWS[0]["messages"]
+    long_answer = {"messages": [user, {**assistant, "content": "x " * 60}]}
+    long_prompt = {"messages": [{**user, "content": "x " * 90}, assistant]}
+    data = output.parent / "more.jsonl"
+    rows = [*ROWS, long_answer, long_answer, long_prompt]
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    done = cli("eval", output, "--data", data, "--json")
+    found = json.loads(done.out)
+    assert (found["rows"], found["rows_cut"], found["rows_left_out"]) == (len(ROWS) + 2, 2, 1)
+    assert "data: 2 rows cut to 40 tokens" in done.err
+
+
+def test_eval_as_json_of_a_broken_model(checkpoint: Path, cli: Cli, tmp_path: Path) -> None:
+    """JSON has no nan."""
+    from safetensors.torch import load_file, save_file
+
+    broken = tmp_path / "broken"
+    shutil.copytree(checkpoint, broken)
+    tensors = load_file(broken / "model.safetensors")
+    tensors["model.norm.weight"].fill_(float("nan"))
+    save_file(tensors, broken / "model.safetensors", metadata={"format": "pt"})
+    data = tmp_path / "data.jsonl"
+    data.write_text(json.dumps(ROWS[0]) + "\n", encoding="utf-8")
+    found = json.loads(
+        cli("eval", broken, "--data", data, "--json").out, parse_constant=pytest.fail
+    )
+    assert (found["loss"], found["perplexity"], found["rows"]) == (None, None, 1)
 
 
 def test_eval_of_one_row_is_the_loss_of_a_step(

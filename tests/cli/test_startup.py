@@ -31,7 +31,15 @@ def timed(arguments: list[str], folder: Path) -> tuple[float, subprocess.Complet
 
 @pytest.mark.parametrize(
     "command",
-    ["--help", "train --help", "plugins list", "recipes list", "recipes validate quickstart"],
+    [
+        "--help",
+        "train --help",
+        "generate --help",
+        "eval --help",
+        "plugins list",
+        "recipes list",
+        "recipes validate quickstart",
+    ],
 )
 def test_fast_commands(command: str, tmp_path: Path) -> None:
     seconds = []
@@ -48,3 +56,14 @@ def test_a_wrong_recipe_is_told_without_torch(tmp_path: Path) -> None:
     assert done.returncode == 2
     assert "adapter.rank: must be >= 1: 0" in done.stderr
     assert done.stderr.endswith("False\n")
+
+
+def test_a_wrong_option_of_generate_is_told_without_torch(tmp_path: Path) -> None:
+    for more, message in (
+        (["--prompt", "a", "--top-k", "5"], "--top-k: nothing is drawn at temperature 0"),
+        ([], "Missing option '--prompt'"),
+    ):
+        _, done = timed(["generate", "x", *more], tmp_path)
+        assert done.returncode == 2
+        assert message in done.stderr
+        assert done.stderr.endswith("False\n")

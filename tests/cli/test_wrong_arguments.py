@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -110,3 +111,33 @@ def test_numbers_that_no_answer_can_be_drawn_with(cli: Cli) -> None:
     done = cli("generate", "x", "--prompt", "a", "--seed", 2**64)
     assert done.status == 2
     assert "'--seed': " in done.err
+
+
+@pytest.mark.parametrize(("option", "value"), [("--top-p", 0.9), ("--top-p", 1), ("--top-k", 5)])
+def test_limits_of_draws_where_nothing_is_drawn(option: str, value: float, cli: Cli) -> None:
+    message = message_of(cli("generate", "x", "--prompt", "a", option, value))
+    assert message == (
+        f"{option}: nothing is drawn at temperature 0, which takes the likeliest token\n"
+        f"  Leave {option} out, or set --temperature above 0."
+    )
+
+
+def test_limits_of_draws_that_leave_nothing_to_draw(cli: Cli) -> None:
+    ask = ("generate", "x", "--prompt", "a", "--temperature", 1)
+    assert message_of(cli(*ask, "--top-p", "nan")) == "--top-p: expected a finite number, got nan"
+    for option, value in (("--top-p", 0), ("--top-p", 1.1), ("--top-k", 0)):
+        done = cli(*ask, option, value)
+        assert done.status == 2
+        assert f"'{option}': {value} is not in the range" in done.err.replace("0.0 is", "0 is")
+
+
+def test_text_that_is_not_utf_8(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As an argument it comes with lone surrogates."""
+    assert message_of(cli("generate", "x", "--prompt", "a\udcff")) == (
+        "--prompt: the text is not UTF-8"
+    )
+    message = message_of(cli("generate", "x", "--prompt", "a", "--system", "\udcff"))
+    assert message == "--system: the text is not UTF-8"
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"a\xff"), encoding="utf-8"))
+    message = message_of(cli("generate", "x", "--prompt", "-"))
+    assert message == "--prompt: the text is not UTF-8"

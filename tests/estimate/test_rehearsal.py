@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from attrs import evolve
 
 from lorakit import scratch
 from lorakit.assemble import Run, assemble
@@ -23,7 +24,6 @@ from lorakit.estimate.remembered import RememberedResults
 from lorakit.estimate.storages import StorageWatch
 from lorakit.loop import trainable_parameters
 from lorakit.loss import batch_loss
-from lorakit.modules import Layout
 from lorakit.modules.low_rank import fused_now
 from lorakit.progress import SilentProgress
 from lorakit.recipes import Recipe, resolve_recipe
@@ -44,24 +44,24 @@ VARIANTS: list[dict[str, Any]] = [
 ]
 
 
-def real_step(recipe: Recipe) -> int:
+def real_step(recipe: Recipe, sizes: MicroBatch = BATCH) -> int:
     """The most bytes that a step of the real run has in use."""
     run = assemble(recipe, SilentProgress())
-    watch = StorageWatch(BATCH.trained, CPU)
-    real_micro_batch(run)
+    watch = StorageWatch(sizes.trained, CPU)
+    real_micro_batch(run, sizes)
     # Scratch memory is made by the first step, and stays.
     watch.ignore([*run.base.model.parameters(), *run.base.model.buffers()])
     watch.ignore(scratch._kept.values())
     with watch:
-        real_micro_batch(run)
+        real_micro_batch(run, sizes)
     return most_in_use(watch.events)
 
 
-def real_micro_batch(run: Run, *, step: bool = True) -> None:
-    tokens = torch.zeros(BATCH.tokens, dtype=torch.int64)
-    layout = Layout.of_lengths(LENGTHS)
-    batch = Batch(tokens, torch.zeros_like(tokens), layout, BATCH.trained, ())
-    run.precision.backward(batch_loss(run.base.causal_lm, batch) / BATCH.trained)
+def real_micro_batch(run: Run, sizes: MicroBatch = BATCH, *, step: bool = True) -> None:
+    tokens = torch.zeros(sizes.tokens, dtype=torch.int64)
+    labels = torch.zeros(sum(sizes.lengths), dtype=torch.int64)
+    batch = Batch(tokens, labels, sizes.layout(), sizes.trained, ())
+    run.precision.backward(batch_loss(run.base.causal_lm, batch) / sizes.trained)
     if step:
         for parameter in trainable_parameters(run.base.model):
             parameter.grad = None
@@ -140,6 +140,19 @@ def test_a_later_micro_batch_of_a_step_has_the_gradients_beside_it(
     real = most_in_use(watch.events) + sum(g.untyped_storage().nbytes() for g in gradients)
     rehearsed = most_in_use(rehearse(recipe).step(BATCH).events)
     assert rehearsed == pytest.approx(real, abs=64)
+
+
+def test_a_step_of_documents_that_begin_alike(
+    make_recipe: Callable[..., str], rehearse: Callable[..., Rehearsal]
+):
+    recipe = resolve_recipe(make_recipe())
+    segments = (slice(0, 40),), (slice(0, 30), slice(40, 45)), (slice(45, 68),)
+    sizes = MicroBatch((40, 35, 23), sum(LENGTHS), segments)
+    assert sizes.tokens == 68
+    rehearsed = most_in_use(rehearse(recipe).step(sizes).events)
+    assert rehearsed == pytest.approx(real_step(recipe, sizes), abs=64)
+    alone = most_in_use(rehearse(recipe).step(evolve(sizes, segments=())).events)
+    assert rehearsed < 0.9 * alone
 
 
 def test_a_step_that_fails_leaves_the_process_as_it_was(

@@ -18,7 +18,8 @@ from attrs import define, evolve, field, frozen
 from torch import Tensor
 
 from lorakit.data.dataset import Dataset
-from lorakit.modules.layout import Layout
+from lorakit.data.prefixes import arranged
+from lorakit.modules.layout import Layout, Segments, apart
 
 T = TypeVar("T")
 IGNORED = -100
@@ -30,9 +31,11 @@ class Batch:
     """A micro-batch.
 
     Attributes:
-        tokens: `[T]` ids of all documents, one after the other.
-        labels: `[T]` the id that follows, where it is trained, else -100.
-        layout: Where each document starts.
+        tokens: `[T]` ids of all documents, one after the other; what documents begin with in
+            common may be there once.
+        labels: `[S]` for each token of each document the id that follows, where it is trained, else
+            -100; see `Layout` for S.
+        layout: Where each document lies.
         trained: How many labels there are.
         rows: The examples' indices in the data set.
     """
@@ -54,20 +57,22 @@ class Batch:
             self.rows,
         )
 
+    @property
+    def size(self) -> int:
+        """Tokens of all documents, S."""
+        return len(self.labels)
+
     def rounded(self, multiple: int) -> Batch:
         """With tokens that nobody sees and nothing is trained on, up to a multiple of so many: a
         document of their own behind the others."""
         missing = -len(self.tokens) % multiple
         if not missing:
             return self
-        positions = torch.arange(missing, device=self.layout.positions.device)
         return evolve(
             self,
             tokens=torch.nn.functional.pad(self.tokens, (0, missing)),
             labels=torch.nn.functional.pad(self.labels, (0, missing), value=IGNORED),
-            layout=Layout(
-                (*self.layout.lengths, missing), torch.cat([self.layout.positions, positions])
-            ),
+            layout=self.layout.followed_by(missing),
         )
 
     def pinned(self) -> Batch:
@@ -76,7 +81,7 @@ class Batch:
             self,
             tokens=self.tokens.pin_memory(),
             labels=self.labels.pin_memory(),
-            layout=Layout(self.layout.lengths, self.layout.positions.pin_memory()),
+            layout=self.layout.pinned(),
         )
 
 
@@ -92,6 +97,7 @@ class BatchPlan:
         packed_length: Fill each row with whole examples up to so many tokens; 0 means one
             example a row.
         shuffle: A new order each epoch, or the file's.
+        share_prefixes: Have in a micro-batch once what its documents begin with in common.
     """
 
     dataset: Dataset
@@ -100,6 +106,7 @@ class BatchPlan:
     window: int
     packed_length: int
     shuffle: bool
+    share_prefixes: bool = False
     _ends: dict[int, int] = field(factory=dict)
 
     def micro_batches(self, epoch: int) -> Iterator[tuple[int, ...]]:
@@ -132,7 +139,16 @@ class BatchPlan:
             cursor += len(group)
             if following is None:
                 self._ends[epoch] = cursor
-            yield [make_batch(self.dataset, rows) for rows in group]
+            yield [make_batch(self.dataset, *self.arranged(rows)) for rows in group]
+
+    def arranged(self, rows: Sequence[int]) -> tuple[Sequence[int], Sequence[Segments]]:
+        """The examples of a micro-batch in the order in which they lie there, and where each one's
+        tokens lie."""
+        documents = [self.dataset.examples[index].ids for index in rows]
+        if not self.share_prefixes:
+            return rows, apart([len(document) for document in documents])
+        order, segments = arranged(documents)
+        return [rows[place] for place in order], segments
 
     def is_over(self, epoch: int, cursor: int) -> bool:
         """Whether micro-batch `cursor` is behind the epoch's last, as the windows before it were
@@ -149,20 +165,30 @@ class BatchPlan:
         return [int(i) for i in torch.randperm(count, generator=generator)]
 
 
-def make_batch(dataset: Dataset, rows: Sequence[int]) -> Batch:
-    """Joins examples into one micro-batch; labels are shifted within each document."""
+def make_batch(dataset: Dataset, rows: Sequence[int], segments: Sequence[Segments] = ()) -> Batch:
+    """Joins examples into one micro-batch; labels are shifted within each document.
+
+    Args:
+        dataset: The examples.
+        rows: Their indices.
+        segments: Where the tokens of each lie; by default one after the other.
+    """
     examples = [dataset.examples[index] for index in rows]
-    ids, trained = array("i"), bytearray()
-    for example in examples:
-        ids += example.ids
+    segments = segments or apart([len(example) for example in examples])
+    ids, labels, trained = array("i"), array("i"), bytearray()
+    for example, parts in zip(examples, segments, strict=True):
+        shared = sum(part.stop - part.start for part in parts[:-1])
+        ids += example.ids[shared:]
+        labels += example.ids[1:]
         # Nothing follows a document's last token.
+        labels.append(IGNORED)
         trained += example.trained[1:] + b"\0"
-    tokens = torch.frombuffer(ids, dtype=torch.int32).long()
+    following = torch.frombuffer(labels, dtype=torch.int32).long()
     is_trained = torch.frombuffer(trained, dtype=torch.bool)
     return Batch(
-        tokens,
-        torch.where(is_trained, tokens.roll(-1), IGNORED),
-        Layout.of_lengths([len(example) for example in examples]),
+        torch.frombuffer(ids, dtype=torch.int32).long(),
+        torch.where(is_trained, following, IGNORED),
+        Layout.of_segments(segments),
         sum(trained),
         tuple(rows),
     )

@@ -26,7 +26,7 @@ from lorakit.estimate.storages import Event, StorageWatch
 from lorakit.loop import trainable_parameters
 from lorakit.loss import batch_loss
 from lorakit.modules.frozen import StoredLinear
-from lorakit.modules.layout import Layout
+from lorakit.modules.layout import Layout, Segments, apart
 from lorakit.modules.low_rank import set_fused
 from lorakit.progress import SilentProgress
 from lorakit.protocols import BaseCheckpoint, CausalLM, Precision, TensorSpec
@@ -45,14 +45,25 @@ BYTES_UNKNOWN_OPTIMIZER = 8
 
 @frozen
 class MicroBatch:
-    """Sizes of a micro-batch: its documents' lengths in tokens, and how many tokens are trained."""
+    """Sizes of a micro-batch.
+
+    Attributes:
+        lengths: Its documents', in tokens.
+        trained: How many tokens are trained.
+        segments: Where the documents' tokens lie, if they share any.
+    """
 
     lengths: tuple[int, ...]
     trained: int
+    segments: tuple[Segments, ...] = ()
 
     @property
     def tokens(self) -> int:
-        return sum(self.lengths)
+        """What is computed: what documents begin with in common once."""
+        return max(parts[-1].stop for parts in self.layout().segments)
+
+    def layout(self) -> Layout:
+        return Layout.of_segments(self.segments or apart(self.lengths))
 
 
 @frozen
@@ -188,8 +199,8 @@ class Rehearsal:
     def _micro_batch(self, sizes: MicroBatch, watch: StorageWatch) -> None:
         with watch.labelled(ACTIVATIONS):
             tokens = torch.zeros(sizes.tokens, dtype=torch.int64, device=self._device)
-            labels, layout = torch.zeros_like(tokens), Layout.of_lengths(sizes.lengths)
-            batch = Batch(tokens, labels, layout, sizes.trained, ()).to(self._device)
+            labels = tokens.new_zeros(sum(sizes.lengths))
+            batch = Batch(tokens, labels, sizes.layout(), sizes.trained, ()).to(self._device)
             model = _LabelledHead(cast(CausalLM, self.model), watch)
             loss = batch_loss(cast(CausalLM, model), batch) / sizes.trained
         with watch.labelled(ACTIVATIONS):

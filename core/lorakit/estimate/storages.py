@@ -98,7 +98,8 @@ class StorageWatch(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.ops.aten.nonzero.default:
-            found = args[0].new_empty(self._trained, args[0].dim(), dtype=torch.int64)
+            # Zeros, which are indices where tensors are real.
+            found = args[0].new_zeros(self._trained, args[0].dim(), dtype=torch.int64)
             self._record(found)
             return found
         if func is torch.ops.prim.device.default and isinstance(args[0], FakeTensor):

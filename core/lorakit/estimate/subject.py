@@ -100,24 +100,32 @@ def measured_micro_batch(
     tokenizer = load_tokenizer(checkpoint.files(), str(checkpoint.path))
     tokenizer = tokenizer.with_template(data.chat_template)
     dataset = load_dataset(recipe.data.record, data, tokenizer, progress, catalog=recipe.catalog)
-    return largest_micro_batch(batch_plan(recipe, dataset), recipe)
+    model = build_on_meta(recipe.model.record, checkpoint.config, recipe.model.options)
+    return largest_micro_batch(batch_plan(recipe, dataset, model), recipe)
 
 
 def largest_micro_batch(plan: BatchPlan, recipe: Recipe) -> MicroBatch:
-    """The one with the most tokens among those that the run will see."""
+    """The one with the most tokens to compute among those that the run will see."""
     examples = plan.dataset.examples
     training = recipe.training
-    most: tuple[int, ...] = ()
+    most = MicroBatch((), 0)
     size = 0
     windows = plan.first_windows(training.epochs, training.max_steps)
     for rows in chain.from_iterable(windows):
-        tokens = sum(len(examples[i]) for i in rows)
+        if sum(len(examples[i]) for i in rows) <= size:
+            continue
+        order, segments = plan.arranged(rows)
+        tokens = max(parts[-1].stop for parts in segments)
         if tokens > size:
-            most, size = rows, tokens
-    return MicroBatch(
-        tuple(len(examples[i]) for i in most),
-        sum(examples[i].targets for i in most),
-    )
+            most, size = (
+                MicroBatch(
+                    tuple(len(examples[i]) for i in order),
+                    sum(examples[i].targets for i in order),
+                    tuple(segments),
+                ),
+                tokens,
+            )
+    return most
 
 
 def worst_micro_batch(recipe: Recipe) -> MicroBatch:

@@ -131,7 +131,7 @@ def document_attention(
         q: `[T, H, Dh]`.
         k: `[S, Hkv, Dh]`; S is T, or for a single document more, when a cache holds its start.
         v: Like k.
-        layout: The documents.
+        layout: The documents; tokens that they share are attended once for each.
         window: See at most so many tokens, oneself included.
         scale: Of the scores; None means 1/sqrt(Dh).
         softcap: Scores s become softcap * tanh(s / softcap).
@@ -141,7 +141,14 @@ def document_attention(
     """
     plain = softcap is None and (window is None or max(layout.lengths) <= window)
     if plain and len(q) == len(k) and fused_now() and has_flash(q, k):
-        return flash_documents(q, k, v, layout.lengths, scale)
+        return flash_documents(q, k, v, layout.segments, scale)
+    if layout.places is not None and layout.owners is not None:
+        q, k, v = (x.index_select(0, layout.places) for x in (q, k, v))
+        apart = layout.derived("apart", lambda: Layout.of_lengths(layout.lengths, q.device))
+        result: Tensor = document_attention(
+            q, k, v, apart, window=window, scale=scale, softcap=softcap
+        )
+        return result.index_select(0, layout.owners)
     if softcap is None and len(q) == len(k) and has_varlen(q):
         return varlen_documents(q, k, v, layout, window=window, scale=scale)
     if len(layout.lengths) == 1:

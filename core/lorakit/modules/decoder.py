@@ -153,6 +153,11 @@ class CausalDecoder(nn.Module):
     def blocks(self) -> Sequence[nn.Module]:
         return list(self.model.layers)
 
+    @property
+    def shares_prefixes(self) -> bool:
+        """Not where a token's hidden state depends on how long its document will be."""
+        return self.model.switches_at is None
+
     def hidden(self, tokens: Tensor, layout: Layout, cache: KeyValueCache | None = None) -> Tensor:
         """tokens `[T]` -> `[T, D]`."""
         states: Tensor = self.model(tokens, layout, cache)

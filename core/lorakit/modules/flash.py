@@ -8,7 +8,7 @@ it is faster, a long document goes to `lorakit.modules.blockwise` instead.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from lorakit.modules.blockwise import attend, attend_backward, beats_kernel
+from lorakit.modules.layout import Segments
 
 _forward: Any = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", None)
 _backward: Any = getattr(
@@ -38,7 +39,7 @@ def has_flash(q: Tensor, k: Tensor) -> bool:
 
 
 def flash_documents(
-    q: Tensor, k: Tensor, v: Tensor, lengths: tuple[int, ...], scale: float | None
+    q: Tensor, k: Tensor, v: Tensor, documents: Sequence[Segments], scale: float | None
 ) -> Tensor:
     """o(softmax(scale q k^T) v) within each document, causal.
 
@@ -46,35 +47,48 @@ def flash_documents(
         q: `[T, H, Dh]`.
         k: `[T, Hkv, Dh]`; query head h sees key head h // (H / Hkv).
         v: Like k.
-        lengths: Of the documents; their sum is T.
+        documents: Where the tokens of each lie: `Layout.segments`.
         scale: None means 1/sqrt(Dh).
 
     Returns:
         `[T, H, Dh]`.
     """
     # A part of a larger projection would keep all of that in memory until the backward pass.
-    out: Tensor = _FlashDocuments.apply(q, k, v.contiguous(), lengths, scale)
+    out: Tensor = _FlashDocuments.apply(q, k, v.contiguous(), documents, scale)
     return out
 
 
 class _FlashDocuments(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, q: Tensor, k: Tensor, v: Tensor, lengths: tuple[int, ...], scale: float | None
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        documents: Sequence[Segments],
+        scale: float | None,
     ) -> Tensor:
         out = torch.empty_like(q, memory_format=torch.contiguous_format)
         ctx.scale = q.shape[-1] ** -0.5 if scale is None else scale
-        # Decided once: the backward pass of one way cannot follow the forward pass of the other.
-        ctx.documents = [(part, beats_kernel(q[part], k[part])) for part in _slices(lengths)]
+        ctx.documents = []
         normalizers = []
-        for part, blockwise in ctx.documents:
-            if blockwise:
-                attend(q[part], k[part], v[part], ctx.scale, out[part])
+        for parts in documents:
+            own = parts[-1]
+            if own.start == own.stop:
+                # Another document is the same.
                 continue
-            batches = (_as_batch(x[part]) for x in (q, k, v))
-            result, normalizer = _forward(*batches, 0.0, True, scale=ctx.scale)
-            out[part] = _as_tokens(result)
-            normalizers.append(normalizer)
+            inputs = _joined(q, parts), _joined(k, parts), _joined(v, parts)
+            # Decided once: the backward pass of one way cannot follow the other's forward pass.
+            blockwise = beats_kernel(*inputs[:2])
+            ctx.documents.append((parts, blockwise))
+            if blockwise:
+                result = torch.empty_like(inputs[0])
+                attend(*inputs, ctx.scale, result)
+            else:
+                batch, normalizer = _forward(*map(_as_batch, inputs), 0.0, True, scale=ctx.scale)
+                result = _as_tokens(batch)
+                normalizers.append(normalizer)
+            out[own] = result[own.start - own.stop :]
         ctx.save_for_backward(q, k, v, out, *normalizers)
         return out
 
@@ -82,25 +96,48 @@ class _FlashDocuments(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, out, *normalizers = ctx.saved_tensors
-        dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
+        gradients = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v)]
         remaining = iter(normalizers)
-        for part, blockwise in ctx.documents:
-            into = dq[part], dk[part], dv[part]
+        for parts, blockwise in ctx.documents:
+            inputs = _joined(q, parts), _joined(k, parts), _joined(v, parts)
+            upstream = _padded(dout[parts[-1]], inputs[0])
             if blockwise:
-                attend_backward(dout[part], q[part], k[part], v[part], ctx.scale, into)
-                continue
-            batches = (_as_batch(x[part]) for x in (dout, q, k, v, out))
-            results = _backward(*batches, next(remaining), 0.0, True, scale=ctx.scale)
-            for gradient, result in zip(into, results, strict=True):
-                gradient.copy_(_as_tokens(result))
-        return dq, dk, dv, None, None
+                found = tuple(torch.empty_like(x) for x in inputs)
+                attend_backward(upstream, *inputs, ctx.scale, found)
+            else:
+                batches = map(_as_batch, (upstream, *inputs, _joined(out, parts)))
+                results = _backward(*batches, next(remaining), 0.0, True, scale=ctx.scale)
+                found = tuple(_as_tokens(result) for result in results)
+            _add_to_parts(gradients, found, parts)
+        return (*gradients, None, None)
 
 
-def _slices(lengths: tuple[int, ...]) -> Iterator[slice]:
-    start = 0
-    for length in lengths:
-        yield slice(start, start + length)
-        start += length
+def _joined(x: Tensor, parts: Segments) -> Tensor:
+    """The rows of one document: a view, if they lie together."""
+    return x[parts[0]] if len(parts) == 1 else torch.cat([x[part] for part in parts])
+
+
+def _padded(own: Tensor, like: Tensor) -> Tensor:
+    """The gradient of a document's result: zeros before its own tokens, whose results are another
+    document's."""
+    if len(own) == len(like):
+        return own
+    padded = torch.zeros_like(like)
+    padded[-len(own) :] = own
+    return padded
+
+
+def _add_to_parts(
+    gradients: Sequence[Tensor], of_document: Sequence[Tensor], parts: Segments
+) -> None:
+    """A document's gradients of q, k and v to where its tokens lie.  Tokens of other documents have
+    theirs already, for those come before it; of q, theirs are zeros here."""
+    for gradient, found in zip(gradients, of_document, strict=True):
+        *shared, own = found.split([part.stop - part.start for part in parts])
+        gradient[parts[-1]] = own
+        if gradient is not gradients[0]:
+            for part, more in zip(parts, shared, strict=False):
+                gradient[part] += more
 
 
 def _as_batch(x: Tensor) -> Tensor:

@@ -125,6 +125,8 @@ class LongRotary(Rotary):
 
     def angles(self, layout: Layout) -> Tensor:
         """`[T, R/2]`, fp32."""
+        # A token that documents share would have as many angles: see `CausalDecoder`.
+        assert layout.places is None
         positions = layout.positions
         lengths = torch.tensor(layout.lengths, device=positions.device)
         # A document that a cache holds the start of does not begin at position 0.

@@ -127,6 +127,7 @@ def _check_causal(model: Any, tokens: Tensor, vocabulary: int) -> None:
     ensure(not _close(states[-1], after[-1]), "a token's state does not depend on earlier ones")
 
 
+@torch.no_grad()
 def _check_documents(model: Any, tokens: Tensor) -> None:
     lengths = [6, 1, len(tokens) - 7]
     together = _hidden(model, tokens, lengths)
@@ -134,6 +135,19 @@ def _check_documents(model: Any, tokens: Tensor) -> None:
     ensure(
         _close(together, torch.cat(apart)),
         "documents of one micro-batch see each other: hidden of all differs from each alone",
+    )
+    if not getattr(model, "shares_prefixes", False):
+        return
+    # One document, and another that begins with four of its tokens.
+    first, second = tokens, torch.cat([tokens[:4], tokens[5:]])
+    layout = Layout.of_segments(
+        [(slice(0, len(first)),), (slice(0, 4), slice(len(first), len(first) + len(second) - 4))]
+    )
+    shared: Tensor = model.hidden(torch.cat([first, second[4:]]), layout)
+    apart = [_hidden(model, part, [len(part)]) for part in (first, second)]
+    ensure(
+        _close(shared, torch.cat([apart[0], apart[1][4:]])),
+        "it says shares_prefixes, but hidden differs where two documents share tokens",
     )
 
 
