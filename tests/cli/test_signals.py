@@ -16,9 +16,10 @@ from typing import Any
 import pytest
 
 import lorakit
-from lorakit import assemble, base_model, generation, merging, preview, trained
+from lorakit import assemble, base_model, merging, preview, trained
 from lorakit.atomic import replaced_directory
-from lorakit.cli import main
+from lorakit.chat import Chat
+from lorakit.cli import adapters, main
 from lorakit.estimate import rehearsal
 from lorakit.interrupts import Terminated, signals_raised
 
@@ -106,7 +107,7 @@ COMMANDS: dict[str, tuple[Any, str, Callable[[str, Path, Path], list[object]]]] 
     "merge": (merging, "_write_side_files", lambda _, run, out: ["merge", run, "--output", out]),
     "merge, opening": (base_model, "check_tensors", lambda _, run, out: ["merge", run, "--check"]),
     "estimate": (rehearsal, "load_weights", lambda reference, *_: ["estimate", reference]),
-    "generate": (generation, "prompt_ids", lambda _, run, __: ["generate", run, "--prompt", "a"]),
+    "generate": (Chat, "ask", lambda _, run, __: ["generate", run, "--prompt", "a"]),
     "generate, loading": (
         trained,
         "load_weights",
@@ -233,3 +234,27 @@ def test_main_leaves_the_processs_own_handlers(cli: Cli) -> None:
     with pytest.raises(SystemExit):
         main(["--version"])
     assert [signal.getsignal(n) for n in SIGNALS] == before
+
+
+@pytest.mark.parametrize("place", ["builtins.input", "lorakit.chat.Chat.ask"])
+def test_a_chat_goes_on_after_ctrl_c_and_ends_at_sigterm(
+    place: str,
+    cli: Cli,
+    make_recipe: Callable[..., str],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    run = lorakit.train(make_recipe(), output=tmp_path / "run").output
+    sent = iter([signal.SIGINT, signal.SIGTERM])
+
+    def signalled(*_: Any, **__: Any) -> None:
+        os.kill(os.getpid(), next(sent))
+        time.sleep(5)
+
+    monkeypatch.setattr("builtins.input", lambda _: "hello")
+    monkeypatch.setattr(place, signalled)
+    monkeypatch.setattr(adapters, "at_terminal", lambda: True)
+    done = cli("generate", run)
+    assert done.status == 128 + signal.SIGTERM
+    assert done.err.endswith(SIGNALS[signal.SIGTERM])
+    assert list(sent) == []
