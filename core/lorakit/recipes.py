@@ -329,7 +329,9 @@ class _Resolver:
             pattern, split = (_string_of(table["data"], key) for key in ("files", "split"))
             self.problems += data_path_problems(data, pattern, split)
         pattern, split = (_string_of(table.get("evaluation"), k) for k in ("files", "split"))
-        path = _string_of(table.get("evaluation")) or (data if pattern or split else "")
+        path = _string_of(table.get("evaluation"))
+        if not path and (pattern or split) and "fraction" not in table["evaluation"]:
+            path = data
         if path:
             self.problems += data_path_problems(path, pattern, split, section="evaluation")
 
