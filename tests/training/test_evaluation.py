@@ -270,18 +270,29 @@ def test_a_run_stopped_after_a_step_resumes_to_the_same_end(
 ):
     reference = recipe(evaluation={"every_steps": 2, **rows})
     lorakit.train(reference, output=tmp_path / "whole")
-    log = DiskLogger.metrics
+    log, armed, done = DiskLogger.metrics, True, []
+    real = evaluation.mean_loss
 
     def metrics(self, values):
         log(self, values)
-        if values["step"] == stop and "loss" in values:
+        if values["step"] == stop and "loss" in values and armed:
             os.kill(os.getpid(), signal.SIGINT)
 
+    def counted(*arguments):
+        loss = real(*arguments)
+        if loss is not None:
+            done.append(loss)
+        return loss
+
     monkeypatch.setattr(DiskLogger, "metrics", metrics)
+    monkeypatch.setattr(evaluation, "mean_loss", counted)
     with pytest.raises(Interrupted):
         lorakit.train(reference)
-    monkeypatch.undo()
-    lorakit.train(reference, resume=True)
+    armed = False
+    result = lorakit.train(reference, resume=True)
+    # None is repeated in the second session.
+    logged = [m["eval_loss"] for m in read_metrics(result.output) if "eval_loss" in m]
+    assert done == logged
     assert_same_end(run_of(reference), tmp_path / "whole", read_metrics)
 
 
@@ -366,16 +377,19 @@ def test_an_evaluation_done_again_is_logged_once(
 
 
 def test_a_resumed_run_may_be_evaluated_over_other_rows_but_not_hold_out_others(
-    recipe, evaluations, eval_file, tmp_path
+    recipe, monkeypatch
 ):
     reference = recipe()
-    lorakit.train(reference)
+    with monkeypatch.context() as patched:
+        patched.setattr(evaluation, "mean_loss", lambda *_: 0.001)
+        lorakit.train(reference)
     longer = {"training.epochs": 3}
     few = {**longer, "evaluation.max_rows": 2}
     lorakit.train(reference, resume=True, overrides=few)
     state = run_of(reference) / "checkpoints/step-00000012/training_state.json"
     # The losses over all rows do not compare with those over two.
     assert json.loads(state.read_text())["evaluation"]["lowest_step"] in (8, 12)
+    assert json.loads(state.read_text())["evaluation"]["lowest_loss"] > 0.001
 
     reference = recipe(evaluation={"fraction": 0.2})
     lorakit.train(reference)
