@@ -60,18 +60,22 @@ class Evaluation:
         between = bool(every) and state.step % every == 0
         return between or not state.cursor or state.step == self.total_steps
 
-    def __call__(self, state: TrainState) -> None:
-        """Evaluates if the run stands where that is due; changes nothing that training uses."""
+    def __call__(self, state: TrainState) -> bool:
+        """Evaluates if the run stands where that is due; changes nothing that training uses.
+
+        Returns:
+            Whether the options ask for a checkpoint: the loss is the lowest so far.
+        """
         if not self.is_due(state):
-            return
+            return False
         started = time.perf_counter()
         loss = mean_loss(self.model, self.rows, self.device, self.stop)
         if loss is None:
-            return
+            return False
         if not math.isfinite(loss):
             self.results.step = state.step
             self.log.notice(f"eval at step {state.step}: the loss is {loss}, and is not logged")
-            return
+            return False
         lowest = self.results.lowest_loss
         self.results.add(state.step, loss)
         self.log.metrics(
@@ -89,6 +93,7 @@ class Evaluation:
             kept = f"  lowest {lowest:.4f} at step {self.results.lowest_step}"
             text += "  lowest so far" if loss < lowest else kept
         self.log.notice(text)
+        return self.options.keep_best and self.results.lowest_step == state.step
 
 
 def mean_loss(
@@ -147,7 +152,6 @@ def results_lines(results: EvaluationState, checkpoints: Mapping[int, Path]) -> 
         lines.append(f"the checkpoint of step {step} is kept: {checkpoints[step]}")
     else:
         lines.append(
-            f"no checkpoint of step {step} is kept: set checkpointer.keep_last = 0, and "
-            "checkpointer.every_steps as evaluation.every_steps, to have it, or train for less"
+            f"no checkpoint of step {step} is kept: evaluation.keep_best = true would have kept it"
         )
     return lines

@@ -55,6 +55,7 @@ OURS = {
     "eval_strategy": "evaluation.every_steps",
     "evaluation_strategy": "evaluation.every_steps",
     "eval_on_start": "evaluation.at_start",
+    "load_best_model_at_end": "evaluation.keep_best",
     "validation_file": "evaluation.path",
     "max_eval_samples": "evaluation.max_rows",
     "eval": "evaluation",

@@ -61,7 +61,7 @@ def train(
     device: torch.device,
     max_grad_norm: float,
     log: LoggerGroup,
-    evaluate: Callable[[TrainState], None],
+    evaluate: Callable[[TrainState], bool],
     save: Callable[[TrainState], None],
     epoch_done: Callable[[TrainState], None],
     stop: threading.Event,
@@ -83,8 +83,8 @@ def train(
         device: Where batches go.
         max_grad_norm: 0 means no clipping.
         log: Takes each step's numbers.
-        evaluate: Called wherever the run could be evaluated; decides whether it is, and leaves off
-            once `stop` is set.
+        evaluate: Called wherever the run could be evaluated; decides whether it is, leaves off
+            once `stop` is set, and says whether what it found is worth a checkpoint.
         save: Writes a checkpoint.
         epoch_done: Called at each epoch's end, after its checkpoint.
         stop: Set by a signal; the step under way is finished, then saved.
@@ -138,11 +138,10 @@ def train(
             )
             # The last step of an epoch is saved below, once the epoch counts as done.
             ended = state.step == limits.total_steps or plan.is_over(state.epoch, state.cursor)
-            if not ended:
-                evaluate(state)
+            good = not ended and evaluate(state)
             if stop.is_set() or ended:
                 break
-            if limits.every_steps and state.step % limits.every_steps == 0:
+            if good or (limits.every_steps and state.step % limits.every_steps == 0):
                 save(state)
 
         epoch_ended = plan.is_over(state.epoch, state.cursor)

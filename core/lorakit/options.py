@@ -249,6 +249,8 @@ class EvaluationOptions:
         every_steps: Evaluate each time so many optimizer steps are done, too; 0 means only at
             the end of each epoch and of the run.
         at_start: Evaluate before the first step, too.
+        keep_best: Save at each loss lower than all before it, and keep the lowest one's checkpoint
+            beyond `checkpointer.keep_last`.
     """
 
     path: str = ""
@@ -258,6 +260,7 @@ class EvaluationOptions:
     max_rows: int = field(default=0, validator=ge(0))
     every_steps: int = field(default=0, validator=ge(0))
     at_start: bool = True
+    keep_best: bool = True
 
     def __attrs_post_init__(self) -> None:
         named = [key for key in ("path", "split", "files") if getattr(self, key)]

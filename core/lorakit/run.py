@@ -209,8 +209,8 @@ def _evaluation(
     )
 
 
-def _no_evaluation(state: TrainState) -> None:
-    pass
+def _no_evaluation(state: TrainState) -> bool:
+    return False
 
 
 def _going_on(recipe: Recipe) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from attrs import asdict, fields
@@ -35,8 +35,11 @@ def take_snapshot(
     """The adapter, the optimizer, the random generators and the loop's state; what evaluations
     came to, if the run has any."""
     tensors, optimizer_rest = flatten_optimizer(optimizer)
-    evaluation = {}
-    if run.evaluation is not None and evaluated is not None:
+    evaluation: dict[str, Any] = {}
+    kept: tuple[int, ...] = ()
+    options = run.recipe.evaluation
+    if run.evaluation is not None and options is not None and evaluated is not None:
+        kept = (evaluated.lowest_step,) if options.keep_best else ()
         rows = _fingerprint(run.evaluation.dataset)
         evaluation["evaluation"] = {"data": rows, **asdict(evaluated)}
     return Snapshot(
@@ -51,6 +54,7 @@ def take_snapshot(
             "data": _fingerprint(run.dataset),
             **evaluation,
         },
+        kept,
     )
 
 

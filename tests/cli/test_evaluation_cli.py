@@ -199,9 +199,9 @@ def test_the_terminal_has_a_line_for_each_evaluation(
     assert re.search(r"^  eval loss \S+, the lowest ", done.out, re.M)
 
 
-@pytest.mark.parametrize("keep", [2, 0])
+@pytest.mark.parametrize("keep", [True, False])
 def test_overfitting_is_told_with_the_checkpoint_to_take(
-    keep: int,
+    keep: bool,
     cli: Cli,
     make_recipe: MakeRecipe,
     monkeypatch: pytest.MonkeyPatch,
@@ -210,21 +210,20 @@ def test_overfitting_is_told_with_the_checkpoint_to_take(
     monkeypatch.setattr(evaluation, "mean_loss", lambda *_: next(losses))
     reference = make_recipe(
         loggers=[{"name": "terminal"}],
-        evaluation={"fraction": 0.1},
+        evaluation={"fraction": 0.1, "keep_best": keep},
         training={"epochs": 4, "batch_size": 20},
-        checkpointer={"keep_last": keep},
     )
     done = cli("train", reference)
     assert done.status == 0, done.err
     assert "eval at step 2  loss 2.2000  perplexity 9.03  lowest 2.0000 at step 1\n" in done.out
     assert "\n  eval loss 2.5000, the lowest was 2.0000 at step 1\n" in done.out
     place = Path(reference.rpartition("/")[0]) / "run" / "checkpoints" / "step-00000001"
-    assert place.is_dir() == (keep == 0)
-    if keep == 0:
+    assert place.is_dir() == keep
+    if keep:
         assert f"\n  the checkpoint of step 1 is kept: {place}\n" in done.out
         assert cli("generate", place, "--prompt", "why", "--max-new-tokens", 1).status == 0
     else:
-        assert "\n  no checkpoint of step 1 is kept: set checkpointer.keep_last = 0" in done.out
+        assert "\n  no checkpoint of step 1 is kept: evaluation.keep_best = true" in done.out
 
 
 def test_a_loss_that_is_no_number_is_told_and_not_logged(

@@ -326,7 +326,9 @@ def test_a_signal_stops_an_evaluation_between_micro_batches(
 
 @pytest.mark.parametrize("crash", [2, 3, 5, 6, 8])
 def test_a_crashed_run_has_each_evaluation_once(crash, recipe, tmp_path, monkeypatch, read_metrics):
-    reference = recipe(evaluation={"every_steps": 1}, checkpointer={"every_steps": 3})
+    reference = recipe(
+        evaluation={"every_steps": 1, "keep_best": False}, checkpointer={"every_steps": 3}
+    )
     lorakit.train(reference, output=tmp_path / "whole")
     step, count = PlainPrecision.step, 0
 
@@ -346,6 +348,41 @@ def test_a_crashed_run_has_each_evaluation_once(crash, recipe, tmp_path, monkeyp
     lorakit.train(reference, resume=resume)
     run = run_of(reference)
     assert_same_end(run, tmp_path / "whole", read_metrics)
+
+
+@pytest.mark.parametrize(
+    ("losses", "kept"),
+    [
+        # Of the evaluations at steps 0 to 8, the last two checkpoints being those of 4 and 8.
+        ([9, 8, 3, 4, 5, 6, 7, 8, 9], [2, 4, 8]),
+        ([9, 8, 7, 6, 5, 1, 2, 3, 4], [5, 8]),
+        ([9, 8, 7, 6, 5, 4, 3, 2, 1], [7, 8]),
+        ([1, 2, 3, 4, 5, 6, 7, 8, 9], [4, 8]),
+        ([5, 5, 5, 5, 5, 5, 5, 5, 5], [4, 8]),
+    ],
+)
+@pytest.mark.parametrize("killed", [False, True])
+def test_the_best_checkpoint_is_kept(killed, losses, kept, recipe, monkeypatch):
+    at = iter(range(99))
+    monkeypatch.setattr(evaluation, "mean_loss", lambda *_: float(losses[next(at)]))
+    reference = recipe(evaluation={"every_steps": 1})
+    if killed:
+        step, done = PlainPrecision.step, []
+
+        def broken(self, *arguments):
+            done.append(1)
+            if len(done) == 7:
+                raise RuntimeError("the power went")
+            return step(self, *arguments)
+
+        monkeypatch.setattr(PlainPrecision, "step", broken)
+        with pytest.raises(RuntimeError, match="the power went"):
+            lorakit.train(reference)
+        last = max(int(p.name[5:]) for p in (run_of(reference) / "checkpoints").iterdir())
+        at = iter(range(last + 1, 99))
+    lorakit.train(reference, resume=killed)
+    names = sorted(p.name for p in (run_of(reference) / "checkpoints").iterdir())
+    assert names == [f"step-{step:08d}" for step in kept]
 
 
 def test_an_evaluation_done_again_is_logged_once(

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from attrs import evolve
 
 from lorakit.catalog import load_catalog
 from lorakit.errors import UserError
@@ -51,6 +52,10 @@ def check_checkpointer(record: CheckpointerType, options: Mapping[str, Any] | No
         for step in (1, 2, 10):
             store.save(sample_snapshot(step))
         ensure(store.steps() == [2, 10], f"keep_last 2 of 1, 2, 10 keeps {store.steps()}")
+        store.save(evolve(sample_snapshot(11), kept_steps=(2,)))
+        ensure(store.steps() == [2, 10, 11], f"kept_steps 2 of 2, 10, 11 keeps {store.steps()}")
+        store.save(sample_snapshot(12))
+        ensure(store.steps() == [11, 12], f"once no step is to be kept, it keeps {store.steps()}")
 
 
 def _check_store(record: CheckpointerType, options: Any, directory: Path) -> None:
