@@ -99,7 +99,17 @@ class Evaluation:
 def mean_loss(
     model: nn.Module, rows: EvaluationSet, device: torch.device, stop: threading.Event
 ) -> float | None:
-    """The mean over the trained tokens; None if `stop` was set before all were seen."""
+    """The mean negative log-likelihood, in nats, over the trained tokens of all rows.
+
+    Args:
+        model: With the adapter on; afterwards in the modes it was in.
+        rows: In micro-batches.
+        device: Where the model is.
+        stop: Looked at before each micro-batch.
+
+    Returns:
+        None if `stop` was set before all were seen.
+    """
     total, count = 0.0, 0
     with _as_in_use(model, device):
         for indices in rows.micro_batches:
@@ -128,6 +138,7 @@ def _as_in_use(model: nn.Module, device: torch.device) -> Iterator[None]:
 
 
 def perplexity(loss: float) -> float:
+    """exp(loss), of a loss in nats; of a huge one what a float can still hold."""
     return math.exp(min(loss, 700.0))
 
 

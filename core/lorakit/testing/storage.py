@@ -135,7 +135,7 @@ def _check_same(found: Snapshot, saved: Snapshot) -> None:
 
 
 def check_logger(record: LoggerType, options: Mapping[str, Any] | None = None) -> None:
-    """Checks a logger with a run of two steps and an evaluation.
+    """Checks a logger with a run of two steps and evaluations before and after them.
 
     Args:
         record: The logger.
@@ -153,9 +153,10 @@ def check_logger(record: LoggerType, options: Mapping[str, Any] | None = None) -
             logger = record.open(output, chosen)
             logger.notice("before the run starts")
             logger.start(sample_run(output, first_step))
+            logger.metrics(sample_evaluation(first_step))
             for step in (first_step + 1, first_step + 2):
                 logger.metrics(sample_metrics(step))
-            logger.metrics({"step": first_step + 2, "eval_loss": 1.5})
+            logger.metrics(sample_evaluation(first_step + 2))
             logger.notice("two lines,\nand a [bracket]")
             logger.finish()
             logger.finish()
@@ -178,6 +179,11 @@ def sample_metrics(step: int) -> dict[str, float]:
         "data_seconds": 0.001,
         "peak_memory_bytes": 2**30,
     }
+
+
+def sample_evaluation(step: int) -> dict[str, float]:
+    """An evaluation's numbers, as they are logged."""
+    return {"step": step, "epoch": 1, "eval_loss": 1.5, "eval_tokens": 64, "eval_seconds": 0.5}
 
 
 def sample_run(output: Path, first_step: int = 0) -> RunInfo:
