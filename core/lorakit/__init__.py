@@ -37,8 +37,8 @@ def train(
         check_memory: Refuse a run that cannot fit in memory.
 
     Returns:
-        The result: `output` (the run directory), `steps` (optimizer steps done in all) and
-        `loss` (of the last step).
+        The result: `output` (the run directory), `steps` (optimizer steps done in all), `loss`
+        (of the last step) and `eval_loss` (of the last evaluation; None without any).
 
     Raises:
         UserError: Something in the recipe, the data or the model is wrong.

@@ -14,7 +14,8 @@ from lorakit.blocks import checkpoint_blocks
 from lorakit.compilation import check_compiler, compile_blocks
 from lorakit.context import rows_notice
 from lorakit.data.batches import BatchPlan
-from lorakit.data.dataset import Dataset, load_dataset
+from lorakit.data.dataset import Dataset
+from lorakit.data.evaluation_set import EvaluationSet, evaluation_lines, load_datasets
 from lorakit.data.tokenizer import Tokenizer
 from lorakit.errors import UserError
 from lorakit.loop import trainable_parameters
@@ -45,7 +46,8 @@ class Run:
         base: The base model, with its adapter on.
         tokenizer: With the template training uses.
         adapted: Dotted names of the adapted layers.
-        dataset: Tokenized.
+        dataset: What is trained on, tokenized.
+        evaluation: What it is evaluated over, if anything.
         plan: The order of the data.
         total_steps: Optimizer steps of the whole run.
         notices: What the user should read before it starts.
@@ -58,6 +60,7 @@ class Run:
     tokenizer: Tokenizer
     adapted: list[str]
     dataset: Dataset
+    evaluation: EvaluationSet | None
     plan: BatchPlan
     total_steps: int
     notices: list[str]
@@ -109,10 +112,13 @@ def assemble(
     check_room_for_merged(recipe, base.checkpoint)
     data = recipe.data.options
     tokenizer = base.tokenizer.with_template(data.chat_template)
-    dataset = load_dataset(recipe.data.record, data, tokenizer, progress, catalog=recipe.catalog)
-    _check_ids(dataset, int(base.causal_lm.lm_head.out_features), recipe.model.options.path)
+    dataset, evaluated = load_datasets(recipe, tokenizer, progress)
+    for rows in (dataset, *([evaluated] if evaluated else [])):
+        _check_ids(rows, int(base.causal_lm.lm_head.out_features), recipe.model.options.path)
     plan = batch_plan(recipe, dataset, base.model)
     largest = _largest_micro_batch(plan, recipe)
+    # No more memory than training takes, for lack of a backward pass.
+    evaluation = EvaluationSet.packed(evaluated, largest.tokens) if evaluated else None
     training = _with_mode(recipe, base, largest, device, precision).training
     gives_back = training.saves_memory and is_large(base.checkpoint.config, largest.tokens)
     tuned = tune_process(device, save_memory=gives_back)
@@ -143,7 +149,8 @@ def assemble(
     checkpoint_blocks(base.causal_lm, mode, offload, compiled=training.compile)
     set_fused(training.fused)
     total = sum(1 for _ in plan.first_windows(training.epochs, training.max_steps))
-    long = rows_notice(dataset.report.lengths, base.checkpoint.config, data.max_seq_len)
+    lengths = [*dataset.report.lengths, *(evaluated.report.lengths if evaluated else [])]
+    long = rows_notice(lengths, base.checkpoint.config, data.max_seq_len)
     said = (long, tuned, precision.notice, _optimizer_notice(recipe, device))
     notices = [n for n in said if n]
     if recipe.training.activation_checkpointing == AUTO:
@@ -159,7 +166,19 @@ def assemble(
             f"{total} steps; the learning rate never reaches its peak. schedule.warmup_ratio "
             "follows the run's length."
         )
-    return Run(recipe, device, precision, base, tokenizer, adapted, dataset, plan, total, notices)
+    return Run(
+        recipe=recipe,
+        device=device,
+        precision=precision,
+        base=base,
+        tokenizer=tokenizer,
+        adapted=adapted,
+        dataset=dataset,
+        evaluation=evaluation,
+        plan=plan,
+        total_steps=total,
+        notices=notices,
+    )
 
 
 def _check_ids(dataset: Dataset, vocabulary: int, path: str) -> None:
@@ -218,12 +237,18 @@ def describe(run: Run) -> list[str]:
     """What is about to happen, a line each."""
     trained, everything = run.parameters
     name = run.recipe.adapter.name
-    training = run.recipe.training
+    training, data = run.recipe.training, run.recipe.data.options
+    evaluation = []
+    if run.recipe.evaluation is not None and run.evaluation is not None:
+        evaluation = evaluation_lines(
+            run.recipe.evaluation, data, run.evaluation.dataset, run.dataset
+        )
     return [
         f"model: {run.base.path}, {run.base.family.name}, {run.device}",
         f"{name}: training {trained:,} of {everything:,} parameters "
         f"({trained / everything:.2%}), in {len(run.adapted)} linear layers",
-        run.dataset.report.sentence(run.recipe.data.options.max_seq_len),
+        run.dataset.report.sentence(data.max_seq_len),
+        *evaluation,
         f"run: {run.total_steps:,} steps of {training.batch_size} x "
         f"{training.gradient_accumulation_steps} rows -> {run.recipe.output}",
         *run.notices,

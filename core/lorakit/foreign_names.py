@@ -1,5 +1,5 @@
 """What other trainers call the keys of a recipe: PEFT's LoraConfig, Hugging Face's Trainer and
-SFTConfig, torchtune's configurations."""
+SFTConfig, Axolotl's and torchtune's configurations."""
 
 from __future__ import annotations
 
@@ -50,6 +50,20 @@ OURS = {
     "save_steps": "checkpointer.every_steps",
     "save_total_limit": "checkpointer.keep_last",
     "report_to": "loggers",
+    "eval_dataset": "evaluation.path",
+    "eval_steps": "evaluation.every_steps",
+    "eval_strategy": "evaluation.every_steps",
+    "evaluation_strategy": "evaluation.every_steps",
+    "eval_on_start": "evaluation.at_start",
+    "load_best_model_at_end": "evaluation.keep_best",
+    "validation_file": "evaluation.path",
+    "max_eval_samples": "evaluation.max_rows",
+    "eval": "evaluation",
+    "validation": "evaluation",
+    # Axolotl and LLaMA-Factory.
+    "val_set_size": "evaluation.fraction",
+    "val_size": "evaluation.fraction",
+    "test_datasets": "evaluation.path",
     # torchtune, which has most keys outside of any section.
     "lora_rank": "adapter.rank",
     "lora_attn_modules": "adapter.targets",
@@ -68,6 +82,8 @@ OURS = {
     "num_warmup_steps": "schedule.warmup_steps",
     "dtype": "precision.name",
     "metric_logger": "loggers",
+    "dataset_val": "evaluation.path",
+    "run_val_every_n_steps": "evaluation.every_steps",
 }
 
 

@@ -15,14 +15,18 @@ from lorakit.recipes import Recipe, Section
 
 
 def with_absolute_paths(recipe: Recipe) -> Recipe:
-    """The recipe with all paths absolute that are of this machine: `output`, `model.path` and
-    `data.path` where they are, and what plugins have marked with `lorakit.options.LOCAL_PATH`."""
+    """The recipe with all paths absolute that are of this machine: `output`, `model.path`,
+    `data.path` and `evaluation.path` where they are, and what plugins have marked with
+    `lorakit.options.LOCAL_PATH`."""
     sections = {f.name: getattr(recipe, f.name) for f in fields(Recipe)}
     made: dict[str, Any] = {
         k: _with_marked(s) for k, s in sections.items() if isinstance(s, Section)
     }
     made["model"] = _with_path(made["model"], absolute_where_it_exists)
     made["data"] = _with_path(made["data"], absolute_data_path)
+    if recipe.evaluation is not None and recipe.evaluation.path:
+        path = absolute_data_path(recipe.evaluation.path)
+        made["evaluation"] = evolve(recipe.evaluation, path=path)
     made["loggers"] = tuple(map(_with_marked, recipe.loggers))
     return evolve(recipe.with_output(absolute_path(recipe.output)), **made)
 

@@ -30,11 +30,13 @@ class Result:
         output: The run directory.
         steps: Optimizer steps done, in all sessions of the run together.
         loss: Of the last step.
+        eval_loss: Of the last evaluation; None if there was none.
     """
 
     output: Path
     steps: int
     loss: float
+    eval_loss: float | None = None
 
 
 @frozen
@@ -59,6 +61,7 @@ def train(
     device: torch.device,
     max_grad_norm: float,
     log: LoggerGroup,
+    evaluate: Callable[[TrainState], bool],
     save: Callable[[TrainState], None],
     epoch_done: Callable[[TrainState], None],
     stop: threading.Event,
@@ -80,6 +83,8 @@ def train(
         device: Where batches go.
         max_grad_norm: 0 means no clipping.
         log: Takes each step's numbers.
+        evaluate: Called wherever the run could be evaluated; decides whether it is, leaves off
+            once `stop` is set, and says whether what it found is worth a checkpoint.
         save: Writes a checkpoint.
         epoch_done: Called at each epoch's end, after its checkpoint.
         stop: Set by a signal; the step under way is finished, then saved.
@@ -88,7 +93,10 @@ def train(
         RunError: The loss or the gradient is not finite.
     """
     optimizer.zero_grad()
-    while state.epoch < limits.epochs and state.step < limits.total_steps:
+    evaluate(state)
+    if stop.is_set():
+        save(state)
+    while state.epoch < limits.epochs and state.step < limits.total_steps and not stop.is_set():
         for window, seconds in _timed(prepared(plan.windows(state.epoch, state.cursor), device)):
             started = time.perf_counter()
             trained = sum(batch.trained for batch in window)
@@ -128,21 +136,22 @@ def train(
                     "peak_memory_bytes": peak_memory_bytes(device),
                 }
             )
-            if stop.is_set() or state.step == limits.total_steps:
-                break
-            due = limits.every_steps and state.step % limits.every_steps == 0
             # The last step of an epoch is saved below, once the epoch counts as done.
-            if due and not plan.is_over(state.epoch, state.cursor):
+            ended = state.step == limits.total_steps or plan.is_over(state.epoch, state.cursor)
+            good = not ended and evaluate(state)
+            if stop.is_set() or ended:
+                break
+            if good or (limits.every_steps and state.step % limits.every_steps == 0):
                 save(state)
 
         epoch_ended = plan.is_over(state.epoch, state.cursor)
         if epoch_ended:
             state.epoch, state.cursor = state.epoch + 1, 0
+        # Before it is saved: what a checkpoint's evaluation came to is in it.
+        evaluate(state)
         save(state)
         if epoch_ended:
             epoch_done(state)
-        if stop.is_set():
-            return
 
 
 def _timed(windows: Iterator[list[Batch]]) -> Iterator[tuple[list[Batch], float]]:

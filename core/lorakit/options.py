@@ -11,7 +11,7 @@ from typing import Any
 
 import attrs
 from attrs import field, frozen
-from attrs.validators import ge, gt, in_, le, lt
+from attrs.validators import and_, ge, gt, in_, le, lt, optional
 
 from lorakit.errors import did_you_mean, listing
 
@@ -232,3 +232,44 @@ class SampleOptions:
     prompts: tuple[str, ...] = ()
     max_new_tokens: int = field(default=64, validator=ge(1))
     temperature: float = field(default=0.0, validator=[ge(0.0), le(5.0)])
+
+
+@frozen(kw_only=True)
+class EvaluationOptions:
+    """`[evaluation]`: the loss over rows that are not trained on, while the run trains.
+
+    The rows are another file's or split's, read with the recipe's `[data]` options, or a share of
+    the recipe's own.
+
+    Attributes:
+        path: As `data.path`; empty means that path, of which `split` or `files` picks other rows.
+        split: Of a data set on the hub: `validation`; empty means `train`.
+        files: A glob that picks files of a directory or of a data set on the hub.
+        fraction: Hold out this share of the training rows, one at least, instead.  Which ones
+            follows from the recipe's seed.
+        max_rows: Take the first so many rows, or hold out so many at the most; 0 means no limit.
+        every_steps: Evaluate each time so many optimizer steps are done, too; 0 means only at
+            the end of each epoch and of the run.
+        at_start: Evaluate before the first step, too.
+        keep_best: Save at each loss lower than all before it, and keep the lowest one's checkpoint
+            beyond `checkpointer.keep_last`.
+    """
+
+    path: str = ""
+    split: str = ""
+    files: str = ""
+    fraction: float | None = field(default=None, validator=optional(and_(gt(0.0), lt(1.0))))
+    max_rows: int = field(default=0, validator=ge(0))
+    every_steps: int = field(default=0, validator=ge(0))
+    at_start: bool = True
+    keep_best: bool = True
+
+    def __attrs_post_init__(self) -> None:
+        named = [key for key in ("path", "split", "files") if getattr(self, key)]
+        if self.fraction is not None and named:
+            raise ValueError(f"set {named[0]} or fraction, not both")
+        if self.fraction is None and not named:
+            raise ValueError(
+                "set path (rows of their own) or fraction (the share of the training rows that is "
+                "held out, such as 0.05)"
+            )

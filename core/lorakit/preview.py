@@ -6,8 +6,8 @@ from collections.abc import Iterator
 
 from lorakit.base_model import open_base_model
 from lorakit.context import rows_notice
-from lorakit.data.dataset import load_dataset
 from lorakit.data.encode import Encoded
+from lorakit.data.evaluation_set import evaluation_lines, load_datasets
 from lorakit.data.tokenizer import Tokenizer
 from lorakit.progress import TerminalProgress
 from lorakit.recipes import Recipe
@@ -26,9 +26,11 @@ def preview_lines(recipe: Recipe, rows: int, *, color: bool) -> Iterator[str]:
     data = recipe.data.options
     base = open_base_model(recipe.model.options.path, recipe.catalog, progress, family=recipe.model)
     tokenizer = base.tokenizer.with_template(data.chat_template)
-    dataset = load_dataset(recipe.data.record, data, tokenizer, progress, catalog=recipe.catalog)
+    dataset, evaluated = load_datasets(recipe, tokenizer, progress)
     lengths = dataset.report.lengths
     yield dataset.report.sentence(data.max_seq_len)
+    if recipe.evaluation is not None and evaluated is not None:
+        yield from evaluation_lines(recipe.evaluation, data, evaluated, dataset)
     if notice := rows_notice(lengths, base.checkpoint.config, data.max_seq_len):
         yield notice
     yield from histogram(lengths)

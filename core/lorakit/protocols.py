@@ -211,6 +211,8 @@ class Snapshot:
         adapter_config: The contents of adapter_config.json.
         tensors: Everything else that is a tensor: optimizer state, generator states.
         state: Everything else: the loop's state, JSON values.
+        kept_steps: Steps whose snapshots stay when this one is saved, however old they are.  Not
+            a part of what is loaded again.
     """
 
     step: int
@@ -218,13 +220,15 @@ class Snapshot:
     adapter_config: Mapping[str, Any]
     tensors: Mapping[str, Tensor] = field(factory=dict)
     state: Mapping[str, Any] = field(factory=dict)
+    kept_steps: tuple[int, ...] = ()
 
 
 class SnapshotStore(Protocol):
     """Where a run's snapshots are kept."""
 
     def save(self, snapshot: Snapshot) -> Path:
-        """Writes it completely or not at all, then drops old ones as the options say."""
+        """Writes it completely or not at all, then drops old ones as the options say, but
+        those of `snapshot.kept_steps`."""
         ...
 
     def steps(self) -> list[int]:

@@ -15,7 +15,14 @@ from attrs.validators import ge, le
 from lorakit.catalog import KINDS, Catalog, load_catalog
 from lorakit.errors import RecipeError, UserError, did_you_mean, listing, near_path
 from lorakit.foreign_names import ours
-from lorakit.options import SampleOptions, ScheduleOptions, TrainingOptions, check_device, not_empty
+from lorakit.options import (
+    EvaluationOptions,
+    SampleOptions,
+    ScheduleOptions,
+    TrainingOptions,
+    check_device,
+    not_empty,
+)
 from lorakit.recipe_files import RecipeFile, deep_merge, find_recipe, run_of
 from lorakit.records import Offer
 from lorakit.structuring import describe_value, structure, unstructure
@@ -68,6 +75,7 @@ class Recipe:
     checkpointer: Section
     loggers: tuple[Section, ...]
     samples: SampleOptions
+    evaluation: EvaluationOptions | None = None
     catalog: Catalog = field(repr=False, eq=False)
 
     @property
@@ -85,7 +93,9 @@ class Recipe:
             if section is not None:
                 table[key] = section_table(section)
         for key in _OWN_SECTIONS:
-            table[key] = unstructure(getattr(self, key))
+            section = getattr(self, key)
+            if section is not None:
+                table[key] = unstructure(section)
         table["loggers"] = [section_table(s) for s in self.loggers]
         return table
 
@@ -109,10 +119,12 @@ _OWN_SECTIONS = {
     "schedule": ScheduleOptions,
     "training": TrainingOptions,
     "samples": SampleOptions,
+    "evaluation": EvaluationOptions,
 }
 _RUN_KEYS = ("summary", "output", "seed", "device")
 _REQUIRED = ("model", "data")
-_OPTIONAL = ("quantization",)
+_OPTIONAL = ("quantization", "evaluation")
+"""Sections that are nothing where a recipe leaves them out."""
 
 
 def section_table(section: Section) -> dict[str, Any]:
@@ -217,7 +229,8 @@ class _Resolver:
         for key in _PLUGIN_SECTIONS:
             values[key] = self._plugin(key, table.get(key))
         for key, options in _OWN_SECTIONS.items():
-            values[key] = self._own(options, table.get(key, {}), key)
+            if key in table or key not in _OPTIONAL:
+                values[key] = self._own(options, table.get(key, {}), key)
         values["loggers"] = self._loggers(table.get("loggers"))
         self._check_paths(table)
         if self.problems:
@@ -315,6 +328,12 @@ class _Resolver:
         if data:
             pattern, split = (_string_of(table["data"], key) for key in ("files", "split"))
             self.problems += data_path_problems(data, pattern, split)
+        pattern, split = (_string_of(table.get("evaluation"), k) for k in ("files", "split"))
+        path = _string_of(table.get("evaluation"))
+        if not path and (pattern or split) and "fraction" not in table["evaluation"]:
+            path = data
+        if path:
+            self.problems += data_path_problems(path, pattern, split, section="evaluation")
 
 
 def _string_of(section: Any, key: str = "path") -> str:
@@ -323,13 +342,15 @@ def _string_of(section: Any, key: str = "path") -> str:
     return value if isinstance(value, str) else ""
 
 
-def data_path_problems(path: str, pattern: str, split: str) -> list[str]:
-    """What is wrong with a `data.path`, judged by names alone; an empty `split` is none given."""
-    from lorakit.data.files import TRAIN, check_data_path
+def data_path_problems(path: str, pattern: str, split: str, *, section: str = "data") -> list[str]:
+    """What is wrong with a `data.path`, or another section's, judged by names alone; an empty
+    `split` is none given."""
+    from lorakit.data.files import TRAIN, check_data_path, of_section
 
     try:
         check_data_path(path, pattern, split or TRAIN)
-    except UserError as error:
-        key = "" if error.message.startswith("data.") else "data.path: "
+    except UserError as found:
+        error = of_section(found, section)
+        key = "" if error.message.startswith(f"{section}.") else f"{section}.path: "
         return [key + error.message + (f". {error.fix}" if error.fix else "")]
     return []

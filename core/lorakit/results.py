@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -64,12 +64,13 @@ def write_merged(run: Run, directory: Path, progress: Progress) -> None:
     )
 
 
-def summary(run: Run, state: TrainState) -> str:
-    """What the run came to, and what to do with it."""
+def summary(run: Run, state: TrainState, evaluated: Sequence[str] = ()) -> str:
+    """What the run came to, by its evaluations too, and what to do with it."""
     output = run.recipe.output
     quoted = shlex.quote(str(output))
     lines = [
         f"done: {state.step} steps, {state.tokens:,} tokens, last loss {state.loss:.4f}",
+        *(f"  {line}" for line in evaluated),
         f"  adapter:         {output / ADAPTER}",
     ]
     if run.recipe.checkpointer.options.save_merged:

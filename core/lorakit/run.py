@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import shlex
+import threading
 from collections.abc import Sequence
 from contextlib import ExitStack
+from pathlib import Path
 
 import torch
 
 from lorakit.assemble import Run, assemble, describe
 from lorakit.compilation import compilation_told
 from lorakit.errors import Interrupted
+from lorakit.evaluation import Evaluation, results_lines
 from lorakit.interrupts import saved_steps_told, stop_on_signals
 from lorakit.logs import LoggerGroup
 from lorakit.loop import Limits, Result, train, trainable_parameters
@@ -33,7 +36,7 @@ from lorakit.run_directory import (
 from lorakit.samples import Samples
 from lorakit.schedule import lr_factor
 from lorakit.snapshot import restore_snapshot, take_snapshot
-from lorakit.state import TrainState
+from lorakit.state import EvaluationState, TrainState
 
 
 def run_recipe(
@@ -88,13 +91,14 @@ def _run(
     progress = TerminalProgress()
     run = assemble(recipe, progress, check_memory=check_memory)
     run.notices.extend(notices)
+    evaluated = EvaluationState()
     optimizer = build_optimizer(
         recipe.optimizer.record,
         recipe.optimizer.options,
         trainable_parameters(run.base.model),
     )
     if resume and store.steps():
-        restore_snapshot(run, optimizer, state, store.load(store.steps()[-1]))
+        restore_snapshot(run, optimizer, state, evaluated, store.load(store.steps()[-1]))
         check_not_over(state.step, run.total_steps)
     write_recipe(recipe)
 
@@ -110,14 +114,15 @@ def _run(
                 recipe.name, recipe.output, recipe, state.step, run.total_steps, trained, everything
             )
         )
-        _fit(run, optimizer, state, store, log, progress)
+        saved = _fit(run, optimizer, state, evaluated, store, log, progress)
         # Its state is saved; merging needs the room.
         del optimizer
         log.finish()
         write_results(run, progress)
         samples.after(log)
-        log.notice(summary(run, state))
-    return Result(recipe.output, state.step, state.loss)
+        kept = {step: saved.get(step, recipe.output) for step in store.steps()}
+        log.notice(summary(run, state, results_lines(evaluated, kept)))
+    return Result(recipe.output, state.step, state.loss, evaluated.loss)
 
 
 def _announce(run: Run, log: LoggerGroup) -> None:
@@ -135,16 +140,19 @@ def _fit(
     run: Run,
     optimizer: torch.optim.Optimizer,
     state: TrainState,
+    evaluated: EvaluationState,
     store: SnapshotStore,
     log: LoggerGroup,
     progress: Progress,
-) -> None:
+) -> dict[int, Path]:
+    """Trains; returns where this session's checkpoints went, by step."""
     recipe = run.recipe
+    saved: dict[int, Path] = {}
     peak = recipe.optimizer.options.lr
     keep = recipe.checkpointer.options
 
     def save(state: TrainState) -> None:
-        store.save(take_snapshot(run, optimizer, state))
+        saved[state.step] = store.save(take_snapshot(run, optimizer, state, evaluated))
 
     def epoch_done(state: TrainState) -> None:
         last = state.epoch == recipe.training.epochs
@@ -154,6 +162,7 @@ def _fit(
     left = run.total_steps - state.step
     with ExitStack() as around:
         stop = around.enter_context(stop_on_signals())
+        evaluation = _evaluation(run, evaluated, log, stop)
         if recipe.training.profile:
             around.enter_context(profiled(optimizer, left, recipe.output / PROFILE, log))
         if recipe.training.compile:
@@ -169,16 +178,41 @@ def _fit(
             device=run.device,
             max_grad_norm=recipe.training.max_grad_norm,
             log=log,
+            evaluate=evaluation or _no_evaluation,
             save=save,
             epoch_done=epoch_done,
             stop=stop,
         )
-    if stop.is_set() and state.step < run.total_steps:
+    left_off = evaluation is not None and evaluation.is_due(state)
+    if stop.is_set() and (state.step < run.total_steps or left_off):
         raise Interrupted(
             f"stopped at step {state.step} of {run.total_steps}, and saved; go on with: "
             f"{_going_on(recipe)}",
             stop.number,
         )
+    return saved
+
+
+def _evaluation(
+    run: Run, evaluated: EvaluationState, log: LoggerGroup, stop: threading.Event
+) -> Evaluation | None:
+    options = run.recipe.evaluation
+    if options is None or run.evaluation is None:
+        return None
+    return Evaluation(
+        run.base.model,
+        run.evaluation,
+        options,
+        run.total_steps,
+        evaluated,
+        device=run.device,
+        log=log,
+        stop=stop,
+    )
+
+
+def _no_evaluation(state: TrainState) -> bool:
+    return False
 
 
 def _going_on(recipe: Recipe) -> str:

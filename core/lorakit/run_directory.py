@@ -33,6 +33,7 @@ FIXED = (
     "schedule",
     "precision",
     "data",
+    "evaluation.fraction",
     "training.batch_size",
     "training.gradient_accumulation_steps",
     "training.max_grad_norm",

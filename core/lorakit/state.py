@@ -41,6 +41,28 @@ class TrainState:
         return cls(**known)
 
 
+@define
+class EvaluationState:
+    """What a run's evaluations came to.
+
+    Attributes:
+        step: After how many optimizer steps the last one was; -1 before the first.
+        loss: Its loss.
+        lowest_step: When the loss was lowest, the first time if that was twice.
+        lowest_loss: The lowest.
+    """
+
+    step: int = -1
+    loss: float | None = None
+    lowest_step: int = -1
+    lowest_loss: float | None = None
+
+    def add(self, step: int, loss: float) -> None:
+        self.step, self.loss = step, loss
+        if self.lowest_loss is None or loss < self.lowest_loss:
+            self.lowest_step, self.lowest_loss = step, loss
+
+
 def generator_states(device: torch.device) -> dict[str, Tensor]:
     """The states of torch's random generators: dropout continues where it was."""
     states = {"rng.cpu": torch.get_rng_state()}

@@ -24,6 +24,7 @@ SECTIONS = [
     "quantization",
     "schedule",
     "training",
+    "evaluation",
     "samples",
     "loggers",
     "output",
@@ -51,6 +52,9 @@ KEYS = words | st.sampled_from(
         "epochs",
         "prompts",
         "every_steps",
+        "fraction",
+        "split",
+        "files",
     ]
 )
 
@@ -88,7 +92,7 @@ def test_junk_for_sections(table: dict[str, Any]) -> None:
     check_only_recipe_errors({**valid_table(), **table})
 
 
-@given(st.sampled_from(SECTIONS[:10]), st.dictionaries(KEYS, junk, max_size=4))
+@given(st.sampled_from(SECTIONS[:11]), st.dictionaries(KEYS, junk, max_size=4))
 def test_junk_within_a_section(section: str, values: dict[str, Any]) -> None:
     table = valid_table()
     table[section] = {**table.get(section, {}), **values}
@@ -105,5 +109,5 @@ def test_junk_within_a_section(section: str, values: dict[str, Any]) -> None:
 @example("pypi:\0")
 def test_junk_for_paths(path: str) -> None:
     table = valid_table()
-    for section in ("model", "data"):
-        check_only_recipe_errors({**table, section: {**table[section], "path": path}})
+    for section in ("model", "data", "evaluation"):
+        check_only_recipe_errors({**table, section: {**table.get(section, {}), "path": path}})

@@ -51,10 +51,17 @@ def test_fast_commands(command: str, tmp_path: Path) -> None:
     assert min(seconds) < 0.5
 
 
-def test_a_wrong_recipe_is_told_without_torch(tmp_path: Path) -> None:
-    _, done = timed(["train", "quickstart", "--set", "adapter.rank=0"], tmp_path)
+@pytest.mark.parametrize(
+    ("setting", "said"),
+    [
+        ("adapter.rank=0", "adapter.rank: must be >= 1: 0"),
+        ("evaluation.path=nowhere.jsonl", "evaluation.path: no file nowhere.jsonl"),
+    ],
+)
+def test_a_wrong_recipe_is_told_without_torch(setting: str, said: str, tmp_path: Path) -> None:
+    _, done = timed(["train", "quickstart", "--set", setting], tmp_path)
     assert done.returncode == 2
-    assert "adapter.rank: must be >= 1: 0" in done.stderr
+    assert said in done.stderr
     assert done.stderr.endswith("False\n")
 
 

@@ -14,7 +14,12 @@ from click.testing import CliRunner
 
 from lorakit.catalog import KINDS, load_catalog
 from lorakit.cli import app
-from lorakit.options import SampleOptions, ScheduleOptions, TrainingOptions
+from lorakit.options import (
+    EvaluationOptions,
+    SampleOptions,
+    ScheduleOptions,
+    TrainingOptions,
+)
 from lorakit.recipes import RunOptions, resolve_table
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -36,7 +41,7 @@ def options_of_builtin() -> list[tuple[str, type[Any]]]:
         for name, offered in catalog.offers[kind].items()
         if offered[0].plugin.name == "builtin"
     ]
-    own = (RunOptions, ScheduleOptions, SampleOptions, TrainingOptions)
+    own = (RunOptions, ScheduleOptions, SampleOptions, TrainingOptions, EvaluationOptions)
     return found + [(cls.__name__, cls) for cls in own]
 
 

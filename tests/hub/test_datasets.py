@@ -5,14 +5,19 @@ from __future__ import annotations
 import io
 import json
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from lorakit.catalog import load_catalog
+from lorakit.data.evaluation_set import load_evaluation
 from lorakit.data.files import find_data_files
 from lorakit.data.hub_files import files_of_split
 from lorakit.data.rows import Row, read_rows
+from lorakit.data.tokenizer import load_tokenizer
 from lorakit.errors import UserError
+from lorakit.options import EvaluationOptions
 from lorakit.progress import SilentProgress
 
 CARD = """---
@@ -68,6 +73,29 @@ def test_parquet_files_of_the_train_split(hub: Any, offline: Callable[[], None])
     ]
     offline()
     assert rows_of("acme/rows") == rows
+
+
+def test_an_evaluation_over_the_other_split(hub: Any, tokenizer_dir: Path) -> None:
+    """`evaluation.split` alone is of the recipe's own data set; its errors are the section's."""
+    files = {"train.jsonl": jsonl([{"text": "a b"}]), "dev.jsonl": jsonl([{"text": "c"}] * 3)}
+    hub.add("datasets/acme/rows", files)
+    tokenizer = load_tokenizer({f.name: f.read_bytes() for f in tokenizer_dir.iterdir()}, "here")
+    catalog = load_catalog()
+    form = catalog.get("dataset", "text")
+    data = form.options(path="acme/rows")
+
+    def rows(**options: Any) -> Sequence[str]:
+        chosen = EvaluationOptions(**options)
+        progress = SilentProgress()
+        return load_evaluation(form, data, chosen, tokenizer, progress, catalog=catalog).where
+
+    assert rows(split="validation") == tuple(f"acme/rows: dev.jsonl, line {n}" for n in (1, 2, 3))
+    assert rows(split="validation", max_rows=2) == rows(split="validation")[:2]
+    assert rows(files="dev.jsonl") == rows(split="validation")
+    assert rows(path="acme/rows") == ("acme/rows: train.jsonl, line 1",)
+    with pytest.raises(UserError, match=r"^evaluation\.path: .* of the split 'none'") as error:
+        rows(split="none")
+    assert error.value.fix.startswith("Set evaluation.files to a glob over them: ")
 
 
 def test_the_card_names_the_files(hub: Any) -> None:

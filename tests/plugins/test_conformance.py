@@ -158,6 +158,7 @@ BROKEN = [
     ("precisions", "torch.float64", "'float64'", "no dtype"),
     ("precisions", 'notice = "precision', 'notice = "\\nprecision', "notice"),
     ("checkpointers", "for step in self.steps()[: -self.keep_last]", "for step in []", "keep_last"),
+    ("checkpointers", "not in snapshot.kept_steps", "is not None", "kept_steps"),
     ("checkpointers", "self.kept = KEPT.setdefault(str(directory), {})", "self.kept = {}", "anew"),
     ("checkpointers", "sorted(self.kept)", "sorted(self.kept, key=str)", "steps"),
     ("checkpointers", "{k: v.clone() for k, v in snapshot.tensors.items()}", "{}", "other keys"),

@@ -108,7 +108,7 @@ def _clock(seconds: float) -> str:
 
 
 class DiskLogger:
-    """metrics.jsonl: one JSON object a line, one line an optimizer step.
+    """metrics.jsonl: one JSON object a line, one line an optimizer step or an evaluation.
 
     A resumed run goes on in the same file; lines of steps that are done again are taken out
     first, so that each step stands there once.
@@ -117,6 +117,8 @@ class DiskLogger:
     def __init__(self, path: Path) -> None:
         self._path = path
         self._file: TextIO | None = None
+        # Evaluations of the step a resumed run starts from, which may come once more.
+        self._evaluated: set[int] = set()
 
     def start(self, run: RunInfo) -> None:
         self._path.parent.mkdir(parents=True, exist_ok=True)
@@ -132,15 +134,19 @@ class DiskLogger:
         kept = []
         for line in self._path.read_text(encoding="utf-8").splitlines(keepends=True):
             try:
-                if json.loads(line)["step"] <= step:
+                values = json.loads(line)
+                if values["step"] <= step:
                     kept.append(line)
+                    if "eval_loss" in values:
+                        self._evaluated.add(values["step"])
             except (ValueError, KeyError, TypeError):
                 # A line that a kill cut off.
                 continue
         return kept
 
     def metrics(self, values: Mapping[str, float]) -> None:
-        if self._file is not None:
+        again = "eval_loss" in values and values["step"] in self._evaluated
+        if self._file is not None and not again:
             self._file.write(json.dumps(dict(values)) + "\n")
 
     def notice(self, text: str) -> None:

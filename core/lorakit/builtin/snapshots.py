@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +52,7 @@ class SafetensorsStore:
                 f"{place}: the checkpoint could not be written: {error}. "
                 f"Checkpoints from before are untouched."
             ) from None
-        self._drop_old()
+        self._drop_old(snapshot.kept_steps)
         return place
 
     def steps(self) -> list[int]:
@@ -81,9 +82,11 @@ class SafetensorsStore:
     def _place(self, step: int) -> Path:
         return self.root / f"step-{step:08d}"
 
-    def _drop_old(self) -> None:
+    def _drop_old(self, kept: Sequence[int]) -> None:
         if self.keep_last:
             for step in self.steps()[: -self.keep_last]:
+                if step in kept:
+                    continue
                 place = self._place(step)
                 # The manifest goes first, so that a half-deleted checkpoint is none.
                 os.unlink(place / STATE)

@@ -188,6 +188,15 @@ def _shipped(path: str) -> DataFile:
     return DataFile(found, path)
 
 
+def of_section(error: UserError, section: str) -> UserError:
+    """What is wrong with a `data.path`, as of another section that has such keys."""
+    if section == "data":
+        return error
+    keys = re.compile(r"\bdata\.(path|split|files)\b")
+    message, fix = (keys.sub(rf"{section}.\1", text) for text in (error.message, error.fix))
+    return UserError(message, fix)
+
+
 def check_data_path(path: str, pattern: str = "", split: str = TRAIN) -> None:
     """Judges a `data.path` by names alone, without opening a file or asking the hub.
 

@@ -16,6 +16,7 @@ from lorakit.assemble import batch_plan
 from lorakit.base_model import build_on_meta
 from lorakit.data.batches import BatchPlan
 from lorakit.data.dataset import load_dataset
+from lorakit.data.evaluation_set import hold_out
 from lorakit.data.files import hub_data
 from lorakit.data.tokenizer import load_tokenizer
 from lorakit.errors import UserError
@@ -100,6 +101,8 @@ def measured_micro_batch(
     tokenizer = load_tokenizer(checkpoint.files(), str(checkpoint.path))
     tokenizer = tokenizer.with_template(data.chat_template)
     dataset = load_dataset(recipe.data.record, data, tokenizer, progress, catalog=recipe.catalog)
+    if recipe.evaluation is not None and recipe.evaluation.fraction is not None:
+        dataset, _ = hold_out(dataset, recipe.evaluation, recipe.run.seed)
     model = build_on_meta(recipe.model.record, checkpoint.config, recipe.model.options)
     return largest_micro_batch(batch_plan(recipe, dataset, model), recipe)
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from attrs import evolve
 
 from lorakit.catalog import load_catalog
 from lorakit.errors import UserError
@@ -51,6 +52,10 @@ def check_checkpointer(record: CheckpointerType, options: Mapping[str, Any] | No
         for step in (1, 2, 10):
             store.save(sample_snapshot(step))
         ensure(store.steps() == [2, 10], f"keep_last 2 of 1, 2, 10 keeps {store.steps()}")
+        store.save(evolve(sample_snapshot(11), kept_steps=(2,)))
+        ensure(store.steps() == [2, 10, 11], f"kept_steps 2 of 2, 10, 11 keeps {store.steps()}")
+        store.save(sample_snapshot(12))
+        ensure(store.steps() == [11, 12], f"once no step is to be kept, it keeps {store.steps()}")
 
 
 def _check_store(record: CheckpointerType, options: Any, directory: Path) -> None:
@@ -130,7 +135,7 @@ def _check_same(found: Snapshot, saved: Snapshot) -> None:
 
 
 def check_logger(record: LoggerType, options: Mapping[str, Any] | None = None) -> None:
-    """Checks a logger with a run of two steps and an evaluation.
+    """Checks a logger with a run of two steps and evaluations before and after them.
 
     Args:
         record: The logger.
@@ -148,9 +153,10 @@ def check_logger(record: LoggerType, options: Mapping[str, Any] | None = None) -
             logger = record.open(output, chosen)
             logger.notice("before the run starts")
             logger.start(sample_run(output, first_step))
+            logger.metrics(sample_evaluation(first_step))
             for step in (first_step + 1, first_step + 2):
                 logger.metrics(sample_metrics(step))
-            logger.metrics({"step": first_step + 2, "eval_loss": 1.5})
+            logger.metrics(sample_evaluation(first_step + 2))
             logger.notice("two lines,\nand a [bracket]")
             logger.finish()
             logger.finish()
@@ -173,6 +179,11 @@ def sample_metrics(step: int) -> dict[str, float]:
         "data_seconds": 0.001,
         "peak_memory_bytes": 2**30,
     }
+
+
+def sample_evaluation(step: int) -> dict[str, float]:
+    """An evaluation's numbers, as they are logged."""
+    return {"step": step, "epoch": 1, "eval_loss": 1.5, "eval_tokens": 64, "eval_seconds": 0.5}
 
 
 def sample_run(output: Path, first_step: int = 0) -> RunInfo:

@@ -26,7 +26,8 @@ class Store:
         )
         self.kept[snapshot.step] = copied
         for step in self.steps()[: -self.keep_last] if self.keep_last else []:
-            del self.kept[step]
+            if step not in snapshot.kept_steps:
+                del self.kept[step]
         return self.directory
 
     def steps(self):
