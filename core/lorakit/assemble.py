@@ -17,6 +17,7 @@ from lorakit.data.batches import BatchPlan
 from lorakit.data.dataset import Dataset
 from lorakit.data.evaluation_set import EvaluationSet, evaluation_lines, load_datasets
 from lorakit.data.tokenizer import Tokenizer
+from lorakit.document_threads import document_threads
 from lorakit.errors import UserError
 from lorakit.loop import trainable_parameters
 from lorakit.modules.low_rank import set_fused
@@ -142,6 +143,7 @@ def assemble(
     if weights:
         load_start(base.model, adapted, adapter.record, adapter.options, recipe.catalog)
     base.model.train()
+    plan.threads = document_threads(base.model, device, training)
     mode = str(training.activation_checkpointing)
     offload = offload_to_host(device) if training.activation_offloading else None
     if training.compile:
@@ -153,6 +155,11 @@ def assemble(
     long = rows_notice(lengths, base.checkpoint.config, data.max_seq_len)
     said = (long, tuned, precision.notice, _optimizer_notice(recipe, device))
     notices = [n for n in said if n]
+    if plan.threads > 1:
+        notices.append(
+            f"process: documents of a micro-batch are shared out over {plan.threads} threads "
+            "where that can be done evenly (LORAKIT_TUNE=0 turns this off)"
+        )
     if recipe.training.activation_checkpointing == AUTO:
         notices.append(f"activation checkpointing: {mode}, the fastest that fits")
     if training.activation_offloading and offload is None:

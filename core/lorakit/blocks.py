@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from contextlib import nullcontext
 from functools import partial
 from typing import Any
@@ -78,9 +79,7 @@ class RecomputedNorms:
 
     def __init__(self, block: nn.Module, forward: Any) -> None:
         self.block, self.forward = block, forward
-        # While a forward pass is under way: what each norm has given, by its memory, and from
-        # what.  Holding the results keeps their memory from being another tensor's meanwhile.
-        self._made: dict[int, tuple[Tensor, nn.Module, Tensor]] = {}
+        self._under_way = _UnderWay()
         for module in block.modules():
             if isinstance(module, RMSNorm | nn.LayerNorm):
                 module.register_forward_hook(self._note)
@@ -92,19 +91,27 @@ class RecomputedNorms:
             with torch.autograd.graph.saved_tensors_hooks(self._pack, _unpack):
                 return self.forward(*args)
         finally:
-            self._made.clear()
+            self._under_way.made.clear()
 
     def _note(self, norm: nn.Module, args: tuple[Tensor, ...], result: Tensor) -> None:
         if torch.is_grad_enabled() and result is not args[0]:
-            self._made[_memory(result)] = (result.detach(), norm, args[0].detach())
+            self._under_way.made[_memory(result)] = (result.detach(), norm, args[0].detach())
 
     def _pack(self, tensor: Tensor) -> Any:
-        made = self._made.get(_memory(tensor))
+        made = self._under_way.made.get(_memory(tensor))
         if made is None or made[0].shape != tensor.shape or made[0].stride() != tensor.stride():
             # Not the tensor itself: what a node gives would then keep that node, and all before it,
             # for good where no backward pass follows.
             return tensor.detach()
         return made[1], made[2]
+
+
+class _UnderWay(threading.local):
+    """Of the forward pass that a thread is in: what each norm has given, by its memory, and from
+    what.  Holding the results keeps their memory from being another tensor's meanwhile."""
+
+    def __init__(self) -> None:
+        self.made: dict[int, tuple[Tensor, nn.Module, Tensor]] = {}
 
 
 def _unpack(kept: Any) -> Tensor:

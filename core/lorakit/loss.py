@@ -9,6 +9,7 @@ The idea is that of Liger Kernel's fused linear cross-entropy (arXiv 2410.10989)
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from lorakit.data.batches import IGNORED, Batch
+from lorakit.document_threads import loss_in_threads
 from lorakit.modules.matmul import row_multiple
 from lorakit.modules.narrow import NarrowLinear, project, project_back
 from lorakit.protocols import CausalLM
@@ -33,9 +35,9 @@ FP16_GRADIENT_SCALE = 2.0**10
 the smallest would vanish below 6e-8 without it."""
 
 
-def chunk_tokens(vocabulary: int) -> int:
-    """Tokens projected at a time."""
-    most = CHUNK_ELEMENTS // vocabulary
+def chunk_tokens(vocabulary: int, together: int = 1) -> int:
+    """Tokens projected at a time, where so many chunks are in memory together."""
+    most = CHUNK_ELEMENTS // together // vocabulary
     return max(1, min(most, max(CHUNK_TOKENS, most // 2)))
 
 
@@ -48,15 +50,17 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, cap: float) -> Tensor:
-        """hidden `[N, D]`, weight `[V, D]` in its own dtype, labels `[N]`, cap 0 for none ->
-        scalar, fp32 at least."""
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, cap: float, chunk: int
+    ) -> Tensor:
+        """hidden `[N, D]`, weight `[V, D]` in its own dtype, labels `[N]`, cap 0 for none, chunk
+        in tokens -> scalar, fp32 at least."""
         wide = torch.promote_types(hidden.dtype, torch.float32)
         losses = torch.empty(len(labels), dtype=wide, device=hidden.device)
         gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else hidden.new_empty(0)
         ctx.scale = FP16_GRADIENT_SCALE if hidden.dtype == torch.float16 else 1.0
-        for start in range(0, len(labels), chunk_tokens(len(weight))):
-            part = slice(start, start + chunk_tokens(len(weight)))
+        for start in range(0, len(labels), chunk):
+            part = slice(start, start + chunk)
             target = labels[part].unsqueeze(1)
             buffers = _Buffers.with_logits(hidden[part], weight, wide, bool(cap))
             loss, total = _softmax_loss_(buffers, target, cap)
@@ -68,10 +72,10 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         return losses.sum()
 
     @staticmethod
-    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor, None, None, None]:
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
         (gradient,) = ctx.saved_tensors
         factor = (upstream[0] / ctx.scale).to(gradient.dtype)
-        return gradient * factor, None, None, None
+        return gradient * factor, None, None, None, None
 
 
 @frozen
@@ -130,7 +134,11 @@ def _slopes_(buffers: _Buffers, target: Tensor, total: Tensor, scale: float) -> 
 
 
 def cross_entropy_sum(
-    model: CausalLM, hidden: Tensor, labels: Tensor, places: Tensor | None = None
+    model: CausalLM,
+    hidden: Tensor,
+    labels: Tensor,
+    places: Tensor | None = None,
+    together: int = 1,
 ) -> Tensor:
     """The negative log-likelihood summed over the trained tokens, fp32.
 
@@ -139,6 +147,7 @@ def cross_entropy_sum(
         hidden: `[T, D]`.
         labels: `[S]`; -100 is not trained, and not even projected.
         places: `[S]` which hidden state is each label's; None where S is T and they are in order.
+        together: How many losses are computed at the same time, and share the memory for logits.
     """
     kept = (labels != IGNORED).nonzero().squeeze(1)
     if places is not None:
@@ -147,9 +156,10 @@ def cross_entropy_sum(
         hidden, labels = hidden.index_select(0, kept), labels.index_select(0, kept)
     weight = frozen_head_weight(model)
     if weight is None:
-        return _recomputed_cross_entropy(model, hidden, labels)
+        return _recomputed_cross_entropy(model, hidden, labels, together)
+    chunk = chunk_tokens(len(weight), together)
     cap = getattr(model, "logit_softcap", None) or 0.0
-    loss: Tensor = _ChunkedCrossEntropy.apply(hidden, weight, labels, cap)
+    loss: Tensor = _ChunkedCrossEntropy.apply(hidden, weight, labels, cap, chunk)
     return loss
 
 
@@ -165,7 +175,9 @@ def frozen_head_weight(model: CausalLM) -> Tensor | None:
     return None if weight.requires_grad else weight
 
 
-def _recomputed_cross_entropy(model: CausalLM, hidden: Tensor, labels: Tensor) -> Tensor:
+def _recomputed_cross_entropy(
+    model: CausalLM, hidden: Tensor, labels: Tensor, together: int
+) -> Tensor:
     """For a head with an adapter, or logits that are more than a product: chunk by chunk too,
     logits computed again in the backward pass."""
 
@@ -174,7 +186,7 @@ def _recomputed_cross_entropy(model: CausalLM, hidden: Tensor, labels: Tensor) -
         wide = torch.promote_types(scores.dtype, torch.float32)
         return F.cross_entropy(scores.to(wide), target, reduction="sum")
 
-    chunk = chunk_tokens(int(model.lm_head.out_features))
+    chunk = chunk_tokens(int(model.lm_head.out_features), together)
     losses = [
         checkpoint(part_loss, part, target, use_reentrant=False)
         for part, target in zip(hidden.split(chunk), labels.split(chunk), strict=True)
@@ -184,6 +196,10 @@ def _recomputed_cross_entropy(model: CausalLM, hidden: Tensor, labels: Tensor) -
 
 def batch_loss(model: CausalLM, batch: Batch) -> Tensor:
     """The summed loss of a micro-batch; divide by the step's trained tokens."""
+    if batch.parts:
+        loss = loss_in_threads(partial(batch_loss, model), batch.parts, cast(nn.Module, model))
+        if loss is not None:
+            return loss
     batch = batch.rounded(row_multiple())
     hidden = model.hidden(batch.tokens, batch.layout)
-    return cross_entropy_sum(model, hidden, batch.labels, batch.layout.places)
+    return cross_entropy_sum(model, hidden, batch.labels, batch.layout.places, batch.together)

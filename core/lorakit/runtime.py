@@ -30,6 +30,7 @@ import torch
 
 M_TRIM_THRESHOLD = -1
 M_MMAP_THRESHOLD = -3
+M_ARENA_MAX = -8
 KEEP_BYTES = 2**30
 OWN_PAGES_BYTES = 2**20
 GIVE_BACK_BYTES = 2**17
@@ -62,7 +63,7 @@ def tune_process(device: torch.device, *, save_memory: bool = False) -> str | No
     if _set_malloc_thresholds(save_memory=save_memory):
         word = "given back at once" if save_memory else "kept for reuse"
         done.append(f"large tensors' memory is {word}")
-    if torch.set_flush_denormal(True):
+    if set_flush_denormal():
         done.append("denormals count as zero")
     if use_onednn(prefers_onednn()):
         # Read at oneDNN's first product.
@@ -71,6 +72,11 @@ def tune_process(device: torch.device, *, save_memory: bool = False) -> str | No
     if not done:
         return None
     return f"process: {', '.join(done)} (LORAKIT_TUNE=0 turns this off)"
+
+
+def set_flush_denormal() -> bool:
+    """Has denormals count as zero in the calling thread, if the process is tuned; whether so."""
+    return is_tuned(torch.device("cpu")) and bool(torch.set_flush_denormal(True))
 
 
 def is_large(config: Mapping[str, Any], tokens: int) -> bool:
@@ -138,6 +144,8 @@ def _set_malloc_thresholds(*, save_memory: bool) -> bool:
         _tuned["keep"] = threshold = LARGEST_DYNAMIC_BYTES
         done = _mallopt(M_MMAP_THRESHOLD, threshold)
     done = done and _mallopt(M_TRIM_THRESHOLD, GIVE_BACK_BYTES if save_memory else KEEP_BYTES)
+    # One heap for all threads: what one frees, another can have.
+    _mallopt(M_ARENA_MAX, 1)
     _tuned["threshold"] = threshold if done else 0
     return done
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from math import prod
@@ -13,9 +14,29 @@ from torch._subclasses.fake_tensor import FakeTensor
 from lorakit.runtime import tensors_in_own_pages
 
 _ALIGNMENT = 64
-Kept = dict[tuple[str, torch.device], Tensor]
+Kept = dict[tuple[str, torch.device, int], Tensor]
+"""By use, device and slot."""
 _kept: Kept = {}
 _kept_fakes: list[Kept] = []
+
+
+_slot = threading.local()
+
+
+def slot() -> int:
+    """Whose memory the calling thread writes to: 0, but within `in_slot`."""
+    return getattr(_slot, "number", 0)
+
+
+@contextmanager
+def in_slot(number: int) -> Iterator[None]:
+    """Within it, the calling thread has memory of its own: each of the threads that run at the same
+    time takes another number.  A thread that waits for them meanwhile may have one of theirs."""
+    before, _slot.number = slot(), number
+    try:
+        yield
+    finally:
+        _slot.number = before
 
 
 def scratch(
@@ -28,8 +49,8 @@ def scratch(
     measured for one of 64 MB.
 
     Args:
-        use: The next call for the same use writes over what this one returned; two uses never
-            share memory.  Not for two threads at once.
+        use: The next call for the same use in the same slot writes over what this one returned; two
+            uses, and two slots, never share memory.
         like: Gives the device.
         wanted: A shape and a dtype each.
     """
@@ -39,7 +60,7 @@ def scratch(
         return tuple(like.new_empty(shape, dtype=dtype) for shape, dtype in wanted)
     sizes = [prod(shape) * dtype.itemsize for shape, dtype in wanted]
     places = [-(-size // _ALIGNMENT) * _ALIGNMENT for size in sizes]
-    memory = _memory(_kept_fakes[-1] if fake else _kept, use, like.device, sum(places))
+    memory = _memory(_kept_fakes[-1] if fake else _kept, (use, like.device, slot()), sum(places))
     parts = memory[: sum(places)].split(places)
     return tuple(
         part[:size].view(dtype).view(*shape)
@@ -58,12 +79,12 @@ def fakes_kept() -> Iterator[Kept]:
         _kept_fakes.pop()
 
 
-def _memory(kept: Kept, use: str, device: torch.device, size: int) -> Tensor:
-    found = kept.get((use, device))
+def _memory(kept: Kept, key: tuple[str, torch.device, int], size: int) -> Tensor:
+    found = kept.get(key)
     if found is None or len(found) < size:
         # Dropped first, so that old and new are never held at once.
         del found
-        kept.pop((use, device), None)
+        kept.pop(key, None)
         with torch.inference_mode(False), tensors_in_own_pages():
-            found = kept[use, device] = torch.empty(size, dtype=torch.uint8, device=device)
+            found = kept[key] = torch.empty(size, dtype=torch.uint8, device=key[1])
     return found

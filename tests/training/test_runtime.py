@@ -56,7 +56,11 @@ def test_memory_is_kept_as_far_as_the_c_library_lets_it(
     taken = malloc_that_takes(most)
     for _ in range(2):
         assert "kept for reuse" in str(tune_process(CPU))
-        assert taken == {runtime.M_MMAP_THRESHOLD: kept, runtime.M_TRIM_THRESHOLD: 1024 * MIB}
+        assert taken == {
+            runtime.M_MMAP_THRESHOLD: kept,
+            runtime.M_TRIM_THRESHOLD: 1024 * MIB,
+            runtime.M_ARENA_MAX: 1,
+        }
         assert own_pages_from(CPU, save_memory=False) == kept
     with tensors_in_own_pages():
         # Merging does, around loading, which does.

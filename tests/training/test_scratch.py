@@ -7,7 +7,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lorakit import scratch as scratch_module
-from lorakit.scratch import scratch
+from lorakit.scratch import in_slot, scratch
 
 LIKE = torch.empty(0)
 
@@ -18,7 +18,7 @@ def nothing_kept(monkeypatch):
 
 
 def kept():
-    return {use: len(memory) for (use, _), memory in scratch_module._kept.items()}
+    return {use: len(memory) for (use, _, _), memory in scratch_module._kept.items()}
 
 
 def test_tensors_of_one_use_are_apart_and_aligned():
@@ -38,6 +38,16 @@ def test_the_next_call_of_the_same_use_takes_the_same_memory():
     (other,) = scratch("two", LIKE, ((50,), torch.float32))
     assert first.data_ptr() == second.data_ptr() != other.data_ptr()
     assert kept() == {"one": 448, "two": 256}
+
+
+def test_slots_share_no_memory():
+    (first,) = scratch("one", LIKE, ((100,), torch.float32))
+    with in_slot(1):
+        (second,) = scratch("one", LIKE, ((100,), torch.float32))
+        with in_slot(0):
+            (third,) = scratch("one", LIKE, ((100,), torch.float32))
+        (fourth,) = scratch("one", LIKE, ((100,), torch.float32))
+    assert first.data_ptr() == third.data_ptr() != second.data_ptr() == fourth.data_ptr()
 
 
 def test_it_grows_to_what_was_asked_for():

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from lorakit.data.dataset import Dataset
 from lorakit.data.prefixes import arranged
+from lorakit.data.shares import shared_out
 from lorakit.modules.layout import Layout, Segments, apart
 
 T = TypeVar("T")
@@ -38,6 +39,9 @@ class Batch:
         layout: Where each document lies.
         trained: How many labels there are.
         rows: The examples' indices in the data set.
+        parts: The same documents shared out over threads (see `lorakit.document_threads`); none
+            where they are not.
+        together: How many parts of a micro-batch are computed at the same time, this one of them.
     """
 
     tokens: Tensor
@@ -45,6 +49,8 @@ class Batch:
     layout: Layout
     trained: int
     rows: tuple[int, ...]
+    parts: tuple[Batch, ...] = ()
+    together: int = 1
 
     def to(self, device: torch.device) -> Batch:
         if device.type == "cpu":
@@ -98,6 +104,7 @@ class BatchPlan:
             example a row.
         shuffle: A new order each epoch, or the file's.
         share_prefixes: Have in a micro-batch once what its documents begin with in common.
+        threads: Documents are shared out over parts that use so many together.
     """
 
     dataset: Dataset
@@ -107,6 +114,7 @@ class BatchPlan:
     packed_length: int
     shuffle: bool
     share_prefixes: bool = False
+    threads: int = 1
     _ends: dict[int, int] = field(factory=dict)
 
     def micro_batches(self, epoch: int) -> Iterator[tuple[int, ...]]:
@@ -139,7 +147,16 @@ class BatchPlan:
             cursor += len(group)
             if following is None:
                 self._ends[epoch] = cursor
-            yield [make_batch(self.dataset, *self.arranged(rows)) for rows in group]
+            yield [self._batch(rows) for rows in group]
+
+    def _batch(self, rows: Sequence[int]) -> Batch:
+        whole = make_batch(self.dataset, *self.arranged(rows))
+        shares = shared_out([len(self.dataset.examples[i]) for i in rows], self.threads)
+        if len(shares) == 1:
+            return whole
+        arranged = (self.arranged([rows[place] for place in share]) for share in shares)
+        parts = (make_batch(self.dataset, *some) for some in arranged)
+        return evolve(whole, parts=tuple(evolve(part, together=len(shares)) for part in parts))
 
     def arranged(self, rows: Sequence[int]) -> tuple[Sequence[int], Sequence[Segments]]:
         """The examples of a micro-batch in the order in which they lie there, and where each one's

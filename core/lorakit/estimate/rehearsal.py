@@ -21,6 +21,8 @@ from lorakit.adapters import apply_adapter
 from lorakit.base_model import BaseModel, build_on_meta, load_weights
 from lorakit.blocks import checkpoint_blocks
 from lorakit.data.batches import Batch
+from lorakit.data.shares import shared_out
+from lorakit.document_threads import document_threads
 from lorakit.estimate.remembered import RememberedResults
 from lorakit.estimate.storages import Event, StorageWatch
 from lorakit.loop import trainable_parameters
@@ -75,11 +77,14 @@ class Step:
         labels: By storage: `activations`, `loss` or `gradients`.
         buffers: Bytes that stay from step to step: scratch memory, and the largest dequantized
             weight, whose memory all of them share.
+        parts: How many parts of a micro-batch are computed at the same time, each with buffers of
+            its own.
     """
 
     events: Sequence[Event]
     labels: Sequence[str]
     buffers: int
+    parts: int = 1
 
 
 @frozen
@@ -172,7 +177,9 @@ class Rehearsal:
         weights = [e.size for e in made if watch.labels[e.storage] == DEQUANTIZED]
         staying = {i for i, label in enumerate(watch.labels) if label in (DEQUANTIZED, SCRATCH)}
         events = [e for e in watch.events if e.storage not in staying]
-        return Step(events, watch.labels, max(weights, default=0) + scratch)
+        parts = self._parts(batch)
+        buffers = (max(weights, default=0) + scratch) * parts
+        return Step(events, watch.labels, buffers, parts)
 
     def _left_by_a_micro_batch(self) -> _Left:
         """What the one before leaves to the next of a step.  More is in use during the next, so
@@ -196,11 +203,18 @@ class Rehearsal:
         finally:
             set_fused(before)
 
+    def _parts(self, batch: MicroBatch) -> int:
+        """How many parts of the micro-batch are computed at the same time."""
+        threads = document_threads(self.model, self._device, self._recipe.training)
+        return len(shared_out(batch.lengths, threads))
+
     def _micro_batch(self, sizes: MicroBatch, watch: StorageWatch) -> None:
         with watch.labelled(ACTIVATIONS):
             tokens = torch.zeros(sizes.tokens, dtype=torch.int64, device=self._device)
             labels = tokens.new_zeros(sum(sizes.lengths))
-            batch = Batch(tokens, labels, sizes.layout(), sizes.trained, ()).to(self._device)
+            batch = Batch(
+                tokens, labels, sizes.layout(), sizes.trained, (), together=self._parts(sizes)
+            ).to(self._device)
             model = _LabelledHead(cast(CausalLM, self.model), watch)
             loss = batch_loss(cast(CausalLM, model), batch) / sizes.trained
         with watch.labelled(ACTIVATIONS):

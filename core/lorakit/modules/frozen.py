@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd.function import once_differentiable
 
+from lorakit.scratch import slot
+
 
 class Stored(Protocol):
     """What materializing a weight takes: a `StoredLinear`, or any module like it."""
@@ -72,21 +74,22 @@ class _FrozenProduct(torch.autograd.Function):
         return dy @ materialized(ctx.layer, dy), None
 
 
-_buffers: dict[tuple[torch.device, torch.dtype], Tensor] = {}
+_buffers: dict[tuple[torch.device, torch.dtype, int], Tensor] = {}
+"""By device, dtype and slot (see `lorakit.scratch`)."""
 
 
 def materialized(layer: Stored, like: Tensor) -> Tensor:
     """W `[out, in]` in the dtype and on the device of `like`, for use in the next product only.
 
-    All layers of the process share one buffer for each device and dtype, as large as the
-    largest of them: the next call writes over what this one returned.  That is safe as long as
-    one product follows the other, which forward, backward and the recomputation of activation
-    checkpointing keep to; it is not for two threads that run models at once, or two CUDA
-    streams.  A caller that needs W for longer takes `layer.dequantize()`.
+    All layers share one buffer for each device, dtype and slot, as large as the largest of
+    them: the next call writes over what this one returned.  That is safe as long as one product
+    follows the other, which forward, backward and the recomputation of activation checkpointing
+    keep to; it is not for two CUDA streams.  A caller that needs W for longer takes
+    `layer.dequantize()`.
     """
     if not has_memory(like):
         return layer.dequantize().to(like.dtype)
-    key = (like.device, like.dtype)
+    key = (like.device, like.dtype, slot())
     size = layer.out_features * layer.in_features
     buffer = _buffers.get(key)
     if buffer is None or buffer.numel() < size:

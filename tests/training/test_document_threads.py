@@ -1,0 +1,240 @@
+"""Documents shared out over threads: the same loss and gradients, whichever is done first."""
+
+from __future__ import annotations
+
+import threading
+from itertools import combinations
+
+import hypothesis.strategies as st
+import pytest
+import torch
+from attrs import evolve
+from hypothesis import given
+from safetensors.torch import load_file
+
+import lorakit
+from lorakit import assemble as assembling
+from lorakit.assemble import assemble
+from lorakit.data import shares
+from lorakit.data.shares import halved, shared_out
+from lorakit.document_threads import document_threads, in_threads
+from lorakit.loop import trainable_parameters
+from lorakit.loss import batch_loss
+from lorakit.options import TrainingOptions
+from lorakit.progress import SilentProgress
+from lorakit.recipes import resolve_recipe
+
+BATCH = {"batch_size": 6}
+
+
+@pytest.fixture(autouse=True)
+def two_threads(monkeypatch):
+    monkeypatch.setattr(assembling, "document_threads", lambda *_: 2)
+    monkeypatch.setattr(shares, "SMALLEST", 1)
+    monkeypatch.setattr(shares, "LEAST_EVEN", 0.5)
+
+
+def loss_and_gradients(run, batch):
+    model = run.base.model
+    model.zero_grad()
+    loss = batch_loss(run.base.causal_lm, batch)
+    loss.backward()
+    return loss.detach(), [p.grad.clone() for p in trainable_parameters(model)]
+
+
+def first_run(make_recipe, **sections):
+    """Assembled, with an update that is not zero, and its first micro-batch."""
+    sections["training"] = {**BATCH, **sections.get("training", {})}
+    run = assemble(resolve_recipe(make_recipe(**sections)), SilentProgress())
+    generator = torch.Generator().manual_seed(1)
+    for parameter in trainable_parameters(run.base.model):
+        noise = torch.randn(parameter.shape, generator=generator)
+        parameter.data += 0.1 * noise
+    return run, next(iter(run.plan.windows(0, 0)))[0]
+
+
+@pytest.mark.parametrize(
+    "sections",
+    [
+        {},
+        {"training": {"fused": False}},
+        {"training": {"activation_checkpointing": "selective"}},
+        {"training": {"activation_checkpointing": "block"}},
+        {"quantization": {"name": "nf4", "block_size": 32}},
+        {"adapter": {"dora": True}},
+    ],
+    ids=str,
+)
+def test_gradients_are_those_of_the_whole(sections, make_recipe):
+    run, batch = first_run(make_recipe, **sections)
+    assert len(batch.parts) == 2
+    assert sum(part.size for part in batch.parts) == batch.size
+    whole, expected = loss_and_gradients(run, evolve(batch, parts=()))
+    # Several times: that nothing is shared between threads shows only now and then.
+    for _ in range(3):
+        loss, gradients = loss_and_gradients(run, batch)
+        assert float(loss) == pytest.approx(float(whole), rel=1e-5)
+        for found, wanted in zip(gradients, expected, strict=True):
+            scale = float(wanted.abs().max())
+            assert scale > 0
+            torch.testing.assert_close(found, wanted, rtol=0, atol=1e-5 * scale)
+
+
+def test_they_are_computed_by_two_threads(make_recipe):
+    run, batch = first_run(make_recipe)
+    seen, both = [], threading.Barrier(2, timeout=60)
+
+    def meet(*_):
+        seen.append(threading.current_thread())
+        both.wait()
+
+    run.base.causal_lm.blocks[0].register_forward_pre_hook(meet)
+    loss_and_gradients(run, batch)
+    assert len(set(seen)) == 2
+    assert threading.main_thread() not in seen
+
+
+def test_bit_for_bit_the_same_each_time(make_recipe):
+    run, batch = first_run(make_recipe)
+    _, expected = loss_and_gradients(run, batch)
+    for _ in range(5):
+        _, found = loss_and_gradients(run, batch)
+        assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize("mode", ["none", "block"])
+def test_a_model_that_draws_numbers_is_left_whole(mode, make_recipe):
+    """Which thread draws which would be chance."""
+    sections = {
+        "adapter": {"dropout": 0.3},
+        "training": {"activation_checkpointing": mode},
+    }
+    run, batch = first_run(make_recipe, **sections)
+    assert batch.parts
+    torch.manual_seed(5)
+    _, expected = loss_and_gradients(run, evolve(batch, parts=()))
+    state = torch.get_rng_state()
+    for _ in range(2):
+        torch.manual_seed(5)
+        _, found = loss_and_gradients(run, batch)
+        assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+        assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("mode", ["none", "block"])
+def test_the_generator_is_as_it_was(mode, make_recipe):
+    run, batch = first_run(make_recipe, training={"activation_checkpointing": mode})
+    state = torch.get_rng_state()
+    loss_and_gradients(run, batch)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_without_gradients_it_is_left_whole(make_recipe):
+    run, batch = first_run(make_recipe)
+    with torch.no_grad():
+        found = batch_loss(run.base.causal_lm, batch)
+        assert torch.equal(found, batch_loss(run.base.causal_lm, evolve(batch, parts=())))
+
+
+def test_a_run_comes_to_the_same_and_resumes_exactly(make_recipe, monkeypatch, read_metrics):
+    training = {**BATCH, "epochs": 4, "max_grad_norm": 1.0}
+    sections = {"training": training, "schedule": {"name": "constant"}}
+    whole = lorakit.train(make_recipe(**sections))
+    half = make_recipe(**sections)
+    lorakit.train(half, overrides={"training.max_steps": 3})
+    resumed = lorakit.train(half, resume=True)
+    adapters = [
+        load_file(result.output / "adapter" / "adapter_model.safetensors")
+        for result in (whole, resumed)
+    ]
+    assert all(torch.equal(tensor, adapters[1][key]) for key, tensor in adapters[0].items())
+    monkeypatch.setattr(assembling, "document_threads", lambda *_: 1)
+    apart = lorakit.train(make_recipe(**sections))
+    losses = [[x["loss"] for x in read_metrics(r.output)] for r in (whole, apart)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+    assert losses[0] != losses[1]
+
+
+def test_torch_has_its_threads_again_whatever_happens():
+    before = torch.get_num_threads()
+    done = []
+
+    def work(item):
+        if item == "bad":
+            raise ValueError("no such item")
+        done.append((item, torch.get_num_threads()))
+
+    torch.set_num_threads(4)
+    try:
+        with pytest.raises(ValueError, match="no such item"):
+            in_threads(work, ["bad", "good"])
+        assert torch.get_num_threads() == 4
+        assert done == [("good", 2)]
+    finally:
+        torch.set_num_threads(before)
+
+
+@given(lengths=st.lists(st.integers(1, 2000), min_size=1, max_size=12), threads=st.integers(1, 6))
+def test_shares(lengths, threads):
+    found = shared_out(lengths, threads)
+    assert sorted(place for share in found for place in share) == list(range(len(lengths)))
+    sizes = [sum(lengths[place] for place in share) for share in found]
+    if len(found) > 1:
+        assert len(found) in (2, 4)
+        assert min(sizes) >= 1
+        each = threads // len(found)
+        assert sum(sizes) / threads >= 0.5 * max(sizes) / each
+
+
+@given(lengths=st.lists(st.integers(1, 300), min_size=1, max_size=7))
+def test_halves_are_as_even_as_can_be(lengths):
+    places = range(len(lengths))
+    best = min(
+        abs(sum(lengths) - 2 * sum(some))
+        for count in range(len(lengths) + 1)
+        for some in combinations(lengths, count)
+    )
+    one, other = halved(places, lengths)
+    assert sorted([*one, *other]) == list(places)
+    difference = sum(lengths[p] for p in one) - sum(lengths[p] for p in other)
+    assert abs(difference) == best
+
+
+def test_many_documents_are_halved_evenly_too():
+    lengths = [(7 * i) % 250 + 50 for i in range(100)]
+    one, other = halved(range(100), lengths)
+    difference = sum(lengths[p] for p in one) - sum(lengths[p] for p in other)
+    assert abs(difference) < 0.01 * sum(lengths)
+
+
+def test_what_is_not_run_in_threads(monkeypatch, make_recipe):
+    run, _ = first_run(make_recipe, quantization={"name": "nf4", "block_size": 32})
+    model, cpu = run.base.model, torch.device("cpu")
+    monkeypatch.setenv("LORAKIT_TUNE", "1")
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    assert document_threads(model, cpu, TrainingOptions()) == 2
+    assert document_threads(model, torch.device("cuda"), TrainingOptions()) == 1
+    assert document_threads(model, cpu, TrainingOptions(compile=True)) == 1
+    assert document_threads(model, cpu, TrainingOptions(profile=True)) == 1
+    monkeypatch.setattr("lorakit.document_threads.MOST_MATERIALIZED", 100)
+    assert document_threads(model, cpu, TrainingOptions()) == 1
+    monkeypatch.setattr("lorakit.document_threads.MOST_MATERIALIZED", 2**24)
+    monkeypatch.setenv("LORAKIT_TUNE", "0")
+    assert document_threads(model, cpu, TrainingOptions()) == 1
+
+
+def test_uneven_or_short_documents_stay_together(monkeypatch):
+    monkeypatch.undo()
+    monkeypatch.setattr(shares, "SMALLEST", 128)
+    assert sorted(shared_out([300, 310, 290, 300], 2)) == [[0, 3], [1, 2]]
+    assert sorted(shared_out([300, 310, 290, 300], 4)) == [[0], [1], [2], [3]]
+    assert sorted(shared_out([300, 250, 200, 150, 100], 2)) == [[0, 2], [1, 3, 4]]
+    # Four shares would wait for the first; two, of two threads each, do not.
+    found = sorted(shared_out([600, 310, 290, 300, 300], 4), key=len)
+    assert found in ([[0, 4], [1, 2, 3]], [[0, 3], [1, 2, 4]])
+    # A third of three threads would have nothing to do.
+    assert shared_out([300, 310, 290, 300], 3) == [[0, 1, 2, 3]]
+    assert shared_out([300, 310, 290, 300], 1) == [[0, 1, 2, 3]]
+    assert shared_out([434, 51], 2) == [[0, 1]]
+    assert shared_out([100, 100], 2) == [[0, 1]]
+    assert shared_out([4096], 2) == [[0]]
