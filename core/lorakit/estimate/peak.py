@@ -32,7 +32,7 @@ measured on SmolLM2-135M with 512 and 1,024 tokens, with and without checkpointi
 that one leaves does not take the next of its size (malloc/malloc.c, `_int_memalign`)."""
 HOLES_OF_PARTS = 0.3
 """The same where parts of a micro-batch are computed at the same time, whose tensors are smaller:
-0.22 to 0.39 with 1,024 and 2,048 tokens in two parts."""
+0.2 to 0.44 with 1,024 and 2,048 tokens in two parts."""
 COMPILED_BYTES = 64 * 2**20
 """What oneDNN keeps of the products it has compiled (see `lorakit.modules.matmul`)."""
 PACKED_BYTES = 48 * 2**20
