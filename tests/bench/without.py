@@ -18,14 +18,18 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import lorakit
-from lorakit import loss
+from lorakit import assemble, loss
 from lorakit.data.batches import IGNORED
 from lorakit.modules import attention, flash, matmul
 from lorakit.protocols import CausalLM
 
 
 def whole_logits(
-    model: CausalLM, hidden: Tensor, labels: Tensor, places: Tensor | None = None
+    model: CausalLM,
+    hidden: Tensor,
+    labels: Tensor,
+    places: Tensor | None = None,
+    together: int = 1,
 ) -> Tensor:
     """Cross-entropy over the logits of all trained tokens at once, by plain autograd."""
     kept = (labels != IGNORED).nonzero().squeeze(1)
@@ -34,7 +38,11 @@ def whole_logits(
 
 
 def every_token(
-    model: CausalLM, hidden: Tensor, labels: Tensor, places: Tensor | None = None
+    model: CausalLM,
+    hidden: Tensor,
+    labels: Tensor,
+    places: Tensor | None = None,
+    together: int = 1,
 ) -> Tensor:
     """The product's own loss, with untrained tokens projected too.
 
@@ -44,7 +52,7 @@ def every_token(
     kept = labels != IGNORED
     hidden = hidden if places is None else hidden.index_select(0, places)
     zeroed = torch.where(kept.unsqueeze(1), hidden, 0)
-    total = _own_loss(model, zeroed, labels.clamp_min(0))
+    total = _own_loss(model, zeroed, labels.clamp_min(0), together=together)
     return total - int((~kept).sum()) * math.log(model.lm_head.out_features)
 
 
@@ -63,10 +71,16 @@ def no_onednn(on: bool) -> bool:
     return False
 
 
+def no_threads(*_: Any) -> int:
+    """For `document_threads`: each operation is shared out over torch's threads instead."""
+    return 1
+
+
 _own_loss = loss.cross_entropy_sum
 REPLACED: dict[str, tuple[Any, str, Callable[..., Any]]] = {
     "chunked-loss": (loss, "cross_entropy_sum", whole_logits),
     "trained-only": (loss, "cross_entropy_sum", every_token),
+    "document-threads": (assemble, "document_threads", no_threads),
     "onednn": (matmul, "use_onednn", no_onednn),
     "blockwise": (flash, "beats_kernel", no_blocks),
     "flash-kernel": (attention, "has_flash", no_kernel),
