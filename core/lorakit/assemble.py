@@ -143,7 +143,7 @@ def assemble(
     if weights:
         load_start(base.model, adapted, adapter.record, adapter.options, recipe.catalog)
     base.model.train()
-    plan.threads = document_threads(base.model, device, training)
+    plan.threads = document_threads(base.causal_lm, device, training)
     mode = str(training.activation_checkpointing)
     offload = offload_to_host(device) if training.activation_offloading else None
     if training.compile:

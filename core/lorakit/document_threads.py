@@ -13,7 +13,7 @@ and the parts' in their order.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from functools import cache
 from typing import Any, TypeVar
 from weakref import WeakSet
@@ -25,6 +25,7 @@ from torch.autograd.function import once_differentiable
 from lorakit.modules.frozen import StoredLinear
 from lorakit.modules.narrow import NarrowLinear
 from lorakit.options import TrainingOptions
+from lorakit.protocols import CausalLM
 from lorakit.runtime import is_tuned, set_flush_denormal
 from lorakit.scratch import in_slot
 
@@ -38,18 +39,22 @@ _drawing: WeakSet[nn.Module] = WeakSet()
 """Models that draw random numbers in a forward pass.  In threads, which draws which is chance."""
 
 
-def document_threads(model: nn.Module, device: torch.device, training: TrainingOptions) -> int:
+def document_threads(model: CausalLM, device: torch.device, training: TrainingOptions) -> int:
     """How many threads the documents of a run's micro-batches are shared out over; 1 where they are
     not.
 
     Args:
-        model: With its weights as they are stored.
+        model: With its weights as they are stored, and the adapter.
         device: Threads are for the CPU.
         training: A compiled model is not run by several threads, and a profile is of one.
     """
     if not is_tuned(device) or training.compile or training.profile:
         return 1
-    stored = [m for m in model.modules() if isinstance(m, StoredLinear | NarrowLinear)]
+    modules = [module for block in model.blocks for module in block.modules()]
+    if any(getattr(module, "dropout", 0) for module in modules):
+        return 1
+    # The head is materialized a block of rows at a time.
+    stored = [m for m in modules if isinstance(m, StoredLinear | NarrowLinear)]
     largest = max((m.in_features * m.out_features for m in stored), default=0)
     return 1 if largest > MOST_MATERIALIZED else torch.get_num_threads()
 
@@ -108,7 +113,8 @@ class _InThreads(torch.autograd.Function):
 def _sum(a: Tensor | None, b: Tensor | None) -> Tensor | None:
     if a is None or b is None:
         return b if a is None else a
-    return a.add_(b)
+    # Not in place: two parameters may have one gradient, and its elements may share memory.
+    return a + b
 
 
 def in_threads(function: Callable[[I], R], items: Sequence[I]) -> list[R]:
@@ -121,10 +127,24 @@ def in_threads(function: Callable[[I], R], items: Sequence[I]) -> list[R]:
     try:
         pool = _pool(len(items), each)
         futures = [pool.submit(_in_slot, i, function, item) for i, item in enumerate(items)]
-        wait(futures)
+        _wait(futures)
         return [future.result() for future in futures]
     finally:
         torch.set_num_threads(threads)
+
+
+def _wait(futures: Sequence[Future[R]]) -> None:
+    """Until all are done, whatever is raised meanwhile: they write to memory that what comes next
+    writes to as well."""
+    raised: BaseException | None = None
+    while True:
+        try:
+            wait(futures)
+            break
+        except BaseException as error:
+            raised = error
+    if raised is not None:
+        raise raised
 
 
 def _in_slot(number: int, function: Callable[[I], R], item: I) -> R:

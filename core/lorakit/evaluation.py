@@ -73,7 +73,7 @@ class Evaluation:
         if loss is None:
             return False
         if not math.isfinite(loss):
-            self.results.step = state.step
+            self.results.step, self.results.loss = state.step, None
             self.log.notice(f"eval at step {state.step}: the loss is {loss}, and is not logged")
             return False
         lowest = self.results.lowest_loss
@@ -150,12 +150,13 @@ def results_lines(results: EvaluationState, checkpoints: Mapping[int, Path]) -> 
         checkpoints: By step, where each is that is kept, or the run it is in.
     """
     last, lowest, step = results.loss, results.lowest_loss, results.lowest_step
-    if last is None or lowest is None:
+    if lowest is None:
         return []
-    if last <= lowest:
+    if last is not None and last <= lowest:
         return [f"eval loss {last:.4f}, the lowest of the run"]
-    lines = [f"eval loss {last:.4f}, the lowest was {lowest:.4f} at step {step}"]
-    if last - lowest < NOTABLE:
+    ended = "the last eval loss is not finite" if last is None else f"eval loss {last:.4f}"
+    lines = [f"{ended}, the lowest was {lowest:.4f} at step {step}"]
+    if last is not None and last - lowest < NOTABLE:
         return lines
     if not step:
         lines.append("before training it was lower: a lower optimizer.lr or other data may help")

@@ -94,7 +94,8 @@ def train(
     """
     optimizer.zero_grad()
     evaluate(state)
-    if stop.is_set():
+    if stop.is_set() or state.step == limits.total_steps:
+        # What the evaluation came to.
         save(state)
     while state.epoch < limits.epochs and state.step < limits.total_steps and not stop.is_set():
         for window, seconds in _timed(prepared(plan.windows(state.epoch, state.cursor), device)):

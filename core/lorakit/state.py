@@ -47,7 +47,7 @@ class EvaluationState:
 
     Attributes:
         step: After how many optimizer steps the last one was; -1 before the first.
-        loss: Its loss.
+        loss: Its loss; None where that was not finite.
         lowest_step: When the loss was lowest, the first time if that was twice.
         lowest_loss: The lowest.
     """

@@ -54,7 +54,7 @@ def signal_in(number: int, monkeypatch: pytest.MonkeyPatch) -> Callable[[Any, st
 @pytest.mark.parametrize(
     ("owner", "name"),
     [
-        (assemble, "load_dataset"),
+        (assemble, "load_datasets"),
         (assemble, "load_weights"),
         (assemble, "apply_adapter"),
         (lorakit.recipes, "load_catalog"),
@@ -114,7 +114,7 @@ COMMANDS: dict[str, tuple[Any, str, Callable[[str, Path, Path], list[object]]]] 
         lambda _, run, __: ["generate", run, "--prompt", "a"],
     ),
     "eval": (trained, "evaluate", lambda _, run, __: ["eval", run, "--data", run]),
-    "preview": (preview, "load_dataset", lambda reference, *_: ["preview", reference]),
+    "preview": (preview, "load_datasets", lambda reference, *_: ["preview", reference]),
 }
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import _thread
 import threading
+import time
 from itertools import combinations
 
 import hypothesis.strategies as st
@@ -17,9 +19,11 @@ from lorakit import assemble as assembling
 from lorakit.assemble import assemble
 from lorakit.data import shares
 from lorakit.data.shares import halved, shared_out
-from lorakit.document_threads import document_threads, in_threads
+from lorakit.document_threads import document_threads, in_threads, loss_in_threads
 from lorakit.loop import trainable_parameters
 from lorakit.loss import batch_loss
+from lorakit.modules.layout import apart
+from lorakit.modules.narrow import NarrowLinear, compute_in
 from lorakit.options import TrainingOptions
 from lorakit.progress import SilentProgress
 from lorakit.recipes import resolve_recipe
@@ -176,7 +180,7 @@ def test_torch_has_its_threads_again_whatever_happens():
 
 @given(lengths=st.lists(st.integers(1, 2000), min_size=1, max_size=12), threads=st.integers(1, 6))
 def test_shares(lengths, threads):
-    found = shared_out(lengths, threads)
+    found = shared_out(apart(lengths), threads)
     assert sorted(place for share in found for place in share) == list(range(len(lengths)))
     sizes = [sum(lengths[place] for place in share) for share in found]
     if len(found) > 1:
@@ -207,9 +211,76 @@ def test_many_documents_are_halved_evenly_too():
     assert abs(difference) < 0.01 * sum(lengths)
 
 
+def test_what_documents_share_is_not_computed_by_each_thread(monkeypatch):
+    monkeypatch.undo()
+    monkeypatch.setattr(shares, "SMALLEST", 1)
+    # 900 tokens in common, and 100 of each document's own: two threads would compute 2,200 tokens
+    # where one computes 1,300.
+    beginning = slice(0, 900)
+    documents = [(slice(0, 1000),)]
+    documents += [(beginning, slice(stop - 100, stop)) for stop in (1100, 1200, 1300)]
+    assert shared_out(documents, 2) == [[0, 1, 2, 3]]
+    # 20 in common are worth it.
+    documents = [(slice(0, 300),)]
+    documents += [(slice(0, 20), slice(stop - 280, stop)) for stop in (580, 860, 1140)]
+    assert [len(share) for share in shared_out(documents, 2)] == [2, 2]
+
+
+def test_an_interrupted_thread_waits_for_the_others():
+    """They write to memory that what comes next writes to."""
+    started, done = threading.Event(), []
+
+    def work(item):
+        started.set()
+        time.sleep(0.5)
+        done.append(item)
+
+    def interrupt():
+        started.wait()
+        _thread.interrupt_main()
+        time.sleep(0.1)
+        _thread.interrupt_main()
+
+    threading.Thread(target=interrupt).start()
+    with pytest.raises(KeyboardInterrupt):
+        in_threads(work, ["one", "other"])
+    assert sorted(done) == ["one", "other"]
+
+
+@pytest.mark.parametrize("form", ["one gradient for two", "one number for all"])
+def test_gradients_that_share_memory(form):
+    """As an adapter of another package may give them."""
+    model = torch.nn.Module()
+    model.a, model.b = (torch.nn.Parameter(torch.ones(3)) for _ in range(2))
+
+    def part_loss(x):
+        return ((model.a + model.b) * x).sum() if form.startswith("one g") else model.a.sum() * x
+
+    loss_in_threads(part_loss, [1.0, 2.0], model).backward()
+    assert model.a.grad.tolist() == [3.0] * 3
+    if form.startswith("one g"):
+        assert model.b.grad.tolist() == [3.0] * 3
+
+
+def test_weights_stored_in_bf16(make_recipe):
+    run, batch = first_run(make_recipe)
+    for parameter in run.base.model.parameters():
+        if not parameter.requires_grad:
+            parameter.data = parameter.data.bfloat16()
+    compute_in(run.base.model, torch.float32)
+    assert any(isinstance(m, NarrowLinear) for m in run.base.model.modules())
+    whole, expected = loss_and_gradients(run, evolve(batch, parts=()))
+    for _ in range(3):
+        loss, gradients = loss_and_gradients(run, batch)
+        assert float(loss) == pytest.approx(float(whole), rel=1e-5)
+        for found, wanted in zip(gradients, expected, strict=True):
+            scale = float(wanted.abs().max())
+            torch.testing.assert_close(found, wanted, rtol=0, atol=1e-5 * scale)
+
+
 def test_what_is_not_run_in_threads(monkeypatch, make_recipe):
     run, _ = first_run(make_recipe, quantization={"name": "nf4", "block_size": 32})
-    model, cpu = run.base.model, torch.device("cpu")
+    model, cpu = run.base.causal_lm, torch.device("cpu")
     monkeypatch.setenv("LORAKIT_TUNE", "1")
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
     assert document_threads(model, cpu, TrainingOptions()) == 2
@@ -221,20 +292,23 @@ def test_what_is_not_run_in_threads(monkeypatch, make_recipe):
     monkeypatch.setattr("lorakit.document_threads.MOST_MATERIALIZED", 2**24)
     monkeypatch.setenv("LORAKIT_TUNE", "0")
     assert document_threads(model, cpu, TrainingOptions()) == 1
+    monkeypatch.setenv("LORAKIT_TUNE", "1")
+    dropping, _ = first_run(make_recipe, adapter={"dropout": 0.1})
+    assert document_threads(dropping.base.causal_lm, cpu, TrainingOptions()) == 1
 
 
 def test_uneven_or_short_documents_stay_together(monkeypatch):
     monkeypatch.undo()
     monkeypatch.setattr(shares, "SMALLEST", 128)
-    assert sorted(shared_out([300, 310, 290, 300], 2)) == [[0, 3], [1, 2]]
-    assert sorted(shared_out([300, 310, 290, 300], 4)) == [[0], [1], [2], [3]]
-    assert sorted(shared_out([300, 250, 200, 150, 100], 2)) == [[0, 2], [1, 3, 4]]
+    assert sorted(shared_out(apart([300, 310, 290, 300]), 2)) == [[0, 3], [1, 2]]
+    assert sorted(shared_out(apart([300, 310, 290, 300]), 4)) == [[0], [1], [2], [3]]
+    assert sorted(shared_out(apart([300, 250, 200, 150, 100]), 2)) == [[0, 2], [1, 3, 4]]
     # Four shares would wait for the first; two, of two threads each, do not.
-    found = sorted(shared_out([600, 310, 290, 300, 300], 4), key=len)
+    found = sorted(shared_out(apart([600, 310, 290, 300, 300]), 4), key=len)
     assert found in ([[0, 4], [1, 2, 3]], [[0, 3], [1, 2, 4]])
     # A third of three threads would have nothing to do.
-    assert shared_out([300, 310, 290, 300], 3) == [[0, 1, 2, 3]]
-    assert shared_out([300, 310, 290, 300], 1) == [[0, 1, 2, 3]]
-    assert shared_out([434, 51], 2) == [[0, 1]]
-    assert shared_out([100, 100], 2) == [[0, 1]]
-    assert shared_out([4096], 2) == [[0]]
+    assert shared_out(apart([300, 310, 290, 300]), 3) == [[0, 1, 2, 3]]
+    assert shared_out(apart([300, 310, 290, 300]), 1) == [[0, 1, 2, 3]]
+    assert shared_out(apart([434, 51]), 2) == [[0, 1]]
+    assert shared_out(apart([100, 100]), 2) == [[0, 1]]
+    assert shared_out(apart([4096]), 2) == [[0]]

@@ -235,3 +235,36 @@ def test_the_resolved_recipe_repeats_the_run(
     again = lorakit.train(f"{run}/recipe.toml:tiny", output=elsewhere / "run").output
     assert resolve_recipe(f"{run}/recipe.toml:tiny").evaluation.every_steps == 2
     assert_same_end(again, run)
+
+
+def test_an_evaluation_made_up_for_at_the_end_is_made_once(
+    evaluated_recipe, tmp_path, signal_in_evaluation, monkeypatch
+):
+    reference = evaluated_recipe(training={"batch_size": 1})
+    seen = signal_in_evaluation(0)
+    lorakit.train(reference, output=tmp_path / "counted")
+    all_of_them = len(seen)
+    monkeypatch.undo()
+    signal_in_evaluation(all_of_them - 1)
+    with pytest.raises(Interrupted):
+        lorakit.train(reference)
+    monkeypatch.undo()
+    seen = signal_in_evaluation(0)
+    seen.clear()
+    for _ in range(2):
+        assert lorakit.train(reference, resume=True).eval_loss is not None
+        assert len(seen) == all_of_them // 3
+
+
+def test_a_last_loss_that_is_not_finite_is_no_good_one(evaluated_recipe, monkeypatch):
+    losses = iter([4.0, 3.0, float("nan")])
+    monkeypatch.setattr(evaluation, "mean_loss", lambda *_: next(losses))
+    results = []
+    told = evaluation.results_lines
+    monkeypatch.setattr(
+        lorakit.run, "results_lines", lambda *given: results.append(told(*given)) or results[-1]
+    )
+    assert lorakit.train(evaluated_recipe()).eval_loss is None
+    ((ended, kept),) = results
+    assert ended == "the last eval loss is not finite, the lowest was 3.0000 at step 4"
+    assert kept.startswith("the checkpoint of step 4 is kept: ")

@@ -150,11 +150,12 @@ class BatchPlan:
             yield [self._batch(rows) for rows in group]
 
     def _batch(self, rows: Sequence[int]) -> Batch:
-        whole = make_batch(self.dataset, *self.arranged(rows))
-        shares = shared_out([len(self.dataset.examples[i]) for i in rows], self.threads)
+        order, segments = self.arranged(rows)
+        whole = make_batch(self.dataset, order, segments)
+        shares = shared_out(segments, self.threads)
         if len(shares) == 1:
             return whole
-        arranged = (self.arranged([rows[place] for place in share]) for share in shares)
+        arranged = (self.arranged([order[place] for place in share]) for share in shares)
         parts = (make_batch(self.dataset, *some) for some in arranged)
         return evolve(whole, parts=tuple(evolve(part, together=len(shares)) for part in parts))
 

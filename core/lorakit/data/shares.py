@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from lorakit.modules.layout import Segments
+
 COUNTS = (4, 2)
 """How many shares there may be: each has all weights pass through the processor's caches once."""
 SMALLEST = 384
@@ -17,17 +19,19 @@ MOST_TRIED = 16
 """Documents of which every division in two is tried; of more, the simple one is good."""
 
 
-def shared_out(lengths: Sequence[int], threads: int) -> list[list[int]]:
+def shared_out(documents: Sequence[Segments], threads: int) -> list[list[int]]:
     """The documents of each share, by their places.
 
     Args:
-        lengths: Tokens of each document.
+        documents: Where the tokens of each lie: what they begin with in common is there once, and
+            once in every share.
         threads: How many the shares use together.
 
     Returns:
         As many shares as keep the threads busy; one only, of all documents, where none do.
     """
-    everything = list(range(len(lengths)))
+    everything = list(range(len(documents)))
+    lengths = [parts[-1].stop - parts[-1].start for parts in documents]
     for count in COUNTS:
         each = threads // count
         if not each or len(lengths) < count:
@@ -35,11 +39,20 @@ def shared_out(lengths: Sequence[int], threads: int) -> list[list[int]]:
         shares = [everything]
         while len(shares) < count:
             shares = [half for share in shares for half in halved(share, lengths)]
-        sizes = [sum(lengths[place] for place in share) for share in shares]
-        busy = sum(sizes) * each / (max(sizes) * threads)
+        sizes = [_tokens(documents, share) for share in shares]
+        busy = _tokens(documents, everything) * each / (max(sizes) * threads)
         if min(sizes) >= SMALLEST and busy >= LEAST_EVEN:
             return shares
     return [everything]
+
+
+def _tokens(documents: Sequence[Segments], share: Sequence[int]) -> int:
+    """What there is to compute of some documents."""
+    found = bytearray(max(parts[-1].stop for parts in documents))
+    for place in share:
+        for part in documents[place]:
+            found[part] = b"\1" * (part.stop - part.start)
+    return sum(found)
 
 
 def halved(places: Sequence[int], lengths: Sequence[int]) -> tuple[list[int], list[int]]:

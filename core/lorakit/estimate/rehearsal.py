@@ -205,8 +205,9 @@ class Rehearsal:
 
     def _parts(self, batch: MicroBatch) -> int:
         """How many parts of the micro-batch are computed at the same time."""
-        threads = document_threads(self.model, self._device, self._recipe.training)
-        return len(shared_out(batch.lengths, threads))
+        model = cast(CausalLM, self.model)
+        threads = document_threads(model, self._device, self._recipe.training)
+        return len(shared_out(batch.segments or apart(batch.lengths), threads))
 
     def _micro_batch(self, sizes: MicroBatch, watch: StorageWatch) -> None:
         with watch.labelled(ACTIVATIONS):

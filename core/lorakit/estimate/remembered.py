@@ -124,6 +124,8 @@ def _append(key: list[Any], arg: Any, tensors: list[FakeTensor]) -> None:
         if arg.constant is not None or arg.layout is not torch.strided or arg.dtype.is_complex:
             raise _NotRemembered
         tensors.append(arg)
+        # Which arguments are one tensor.
+        key.append(next(i for i, tensor in enumerate(tensors) if tensor is arg))
         key += (arg.shape, arg.stride(), arg.storage_offset(), arg.dtype, arg.fake_device)
     elif kind in _PLAIN:
         # 1, 1.0 and True are equal as keys.

@@ -87,10 +87,13 @@ class WandbLogger:
 
     def metrics(self, values: Mapping[str, float]) -> None:
         step = int(values["step"])
+        if self._run is None:
+            return
         # A run that was killed repeats the steps since its last checkpoint; resuming is exact,
-        # so W&B has these numbers already.
-        if self._run is not None and step >= self._first_step:
-            self._run.log(dict(values), step=step)
+        # so W&B has these numbers already.  An evaluation it has not: one that was cut off is made
+        # by the resumed run, when W&B takes no more for its step.
+        if step >= self._first_step or "eval_loss" in values:
+            self._run.log(dict(values), step=max(step, self._first_step))
 
     def notice(self, text: str) -> None:
         pass
