@@ -244,6 +244,7 @@ def test_an_evaluation_made_up_for_at_the_end_is_made_once(
     seen = signal_in_evaluation(0)
     lorakit.train(reference, output=tmp_path / "counted")
     all_of_them = len(seen)
+    seen.clear()
     monkeypatch.undo()
     signal_in_evaluation(all_of_them - 1)
     with pytest.raises(Interrupted):
