@@ -210,6 +210,7 @@ def test_a_directory_that_is_being_replaced_is_as_it_was(number: int, tmp_path: 
     assert [p.name for p in place.iterdir()] == ["old"]
 
 
+@pytest.mark.slow
 def test_a_process_that_is_starting(number: int, make_recipe: Callable[..., str]) -> None:
     """From outside, while it imports, loads or trains."""
     reference = make_recipe()
