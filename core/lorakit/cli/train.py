@@ -24,6 +24,7 @@ from lorakit.interrupts import nothing_saved_told
 @click.option(
     "--no-memory-check", is_flag=True, help="Start even a run that is estimated not to fit."
 )
+@nothing_saved_told()
 def train(
     recipe: str,
     overrides: tuple[str, ...],
@@ -33,18 +34,6 @@ def train(
     no_memory_check: bool,
 ) -> None:
     """Train RECIPE: the main job."""
-    with nothing_saved_told():
-        _train(recipe, overrides, output, resume, dry_run, no_memory_check)
-
-
-def _train(
-    recipe: str,
-    overrides: tuple[str, ...],
-    output: str | None,
-    resume: bool,
-    dry_run: bool,
-    no_memory_check: bool,
-) -> None:
     from lorakit.recipes import parse_override, resolve_recipe
 
     resolved = resolve_recipe(
