@@ -19,6 +19,7 @@ from lorakit.data.evaluation_set import EvaluationSet, evaluation_lines, load_da
 from lorakit.data.tokenizer import Tokenizer
 from lorakit.document_threads import document_threads
 from lorakit.errors import UserError
+from lorakit.kernels import choose_kernels
 from lorakit.loop import trainable_parameters
 from lorakit.modules.low_rank import set_fused
 from lorakit.offloading import offload_to_host
@@ -123,6 +124,7 @@ def assemble(
     training = _with_mode(recipe, base, largest, device, precision).training
     gives_back = training.saves_memory and is_large(base.checkpoint.config, largest.tokens)
     tuned = tune_process(device, save_memory=gives_back)
+    kernels = choose_kernels(training.kernels, recipe.catalog, device)
     if check_memory:
         from lorakit.estimate.check import check_that_it_fits
 
@@ -153,7 +155,7 @@ def assemble(
     total = sum(1 for _ in plan.first_windows(training.epochs, training.max_steps))
     lengths = [*dataset.report.lengths, *(evaluated.report.lengths if evaluated else [])]
     long = rows_notice(lengths, base.checkpoint.config, data.max_seq_len)
-    said = (long, tuned, precision.notice, _optimizer_notice(recipe, device))
+    said = (long, tuned, kernels, precision.notice, _optimizer_notice(recipe, device))
     notices = [n for n in said if n]
     if plan.threads > 1:
         notices.append(

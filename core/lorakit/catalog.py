@@ -37,6 +37,7 @@ KINDS = {
         Kind("dataset", "lorakit_datasets", records.DatasetFormat, "data"),
         Kind("weight format", "lorakit_weight_formats", records.WeightFormat, ""),
         Kind("model source", "lorakit_model_sources", records.ModelSource, ""),
+        Kind("kernels", "lorakit_kernels", records.KernelLibrary, ""),
     )
 }
 

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
         AdapterMethod,
         CheckpointerType,
         DatasetFormat,
+        KernelLibrary,
         LoggerType,
         ModelFamily,
         ModelSource,
@@ -94,6 +95,12 @@ def lorakit_weight_formats() -> Sequence[WeightFormat]:
 @hookspec
 def lorakit_model_sources() -> Sequence[ModelSource]:
     """Model sources: each turns a `model.path` it recognizes into a local path."""
+    raise NotImplementedError
+
+
+@hookspec
+def lorakit_kernels() -> Sequence[KernelLibrary]:
+    """Kernels: each computes fp32 products on CPUs with units that torch does not use for them."""
     raise NotImplementedError
 
 

@@ -182,9 +182,11 @@ def _as_trained(opened: Mergeable, device: torch.device) -> Loading:
     )
 
 
-def narrowest(checkpoint: BaseCheckpoint, storage: torch.dtype) -> torch.dtype:
+def narrowest(checkpoint: BaseCheckpoint, storage: torch.dtype | None) -> torch.dtype | None:
     """The precision's storage dtype, or the checkpoint's own where that holds the same values in
     fewer bits."""
+    if storage is None:
+        return None
     names = {spec.dtype for specs in checkpoint.shards().values() for spec in specs.values()}
     found = torch_dtype(next(iter(names))) if len(names) == 1 else None
     return found if found is not None and found.itemsize < storage.itemsize else storage

@@ -62,7 +62,7 @@ class Mergeable:
         """
         return quantization_of(self.adapter, self.catalog)
 
-    def storage(self, device: torch.device) -> torch.dtype:
+    def storage(self, device: torch.device) -> torch.dtype | None:
         """What the base's weights were in when the run quantized them: by its precision, or the
         default one where the run's recipe is not here."""
         table = recipe_of(self.adapter).get("precision")

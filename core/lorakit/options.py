@@ -159,6 +159,7 @@ class ScheduleOptions:
 CHECKPOINTING_MODES = ("none", "selective", "block")
 """Of activations, the fastest first; each keeps less than the one before."""
 AUTO = "auto"
+TORCH = "torch"
 
 
 def _checkpointing_mode(value: bool | str) -> str:
@@ -183,6 +184,8 @@ class TrainingOptions:
             needs them.  On CUDA; elsewhere they are there already.
         compile: Run each block through torch.compile.
         share_prefixes: Compute once what documents of a micro-batch begin with in common.
+        kernels: What computes the fp32 products on a CPU: `torch`, or kernels that a plugin brings,
+            by name; `auto` takes those of a plugin where the processor has what they need.
         fused: Hand-written backward passes that keep little; false computes the same by plain
             autograd, with about twice the memory for activations.
         profile: Record two steps early in the run, in the run directory's `profile/`.
@@ -197,6 +200,7 @@ class TrainingOptions:
     activation_offloading: bool = field(default=False)
     compile: bool = False
     share_prefixes: bool = True
+    kernels: str = AUTO
     fused: bool = True
     profile: bool = False
 

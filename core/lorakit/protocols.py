@@ -172,15 +172,18 @@ Example: TypeAlias = Conversation | Text
 class Precision(Protocol):
     """A run's dtypes on its device.
 
-    storage: frozen base weights as kept in memory.  compute: activations and matrix products.
+    storage: frozen base weights as kept in memory; None keeps each as the checkpoint stores it.
+    compute: activations and matrix products.
     adapter: trained parameters and, through them, gradients and optimizer state.
     notice: what the user should know (a fallback; why a step was skipped), or None.
     """
 
-    storage: torch.dtype
     compute: torch.dtype
     adapter: torch.dtype
     notice: str | None
+
+    @property
+    def storage(self) -> torch.dtype | None: ...
 
     def backward(self, loss: Tensor) -> None:
         """Accumulates gradients of `loss`, scaled if the dtype needs it."""
@@ -196,6 +199,79 @@ class Precision(Protocol):
         ...
 
     def restore(self, state: Mapping[str, Any]) -> None: ...
+
+
+# ---------------------------------------------------------------- kernels
+
+
+class Kernels(Protocol):
+    """fp32 products on a CPU, to fp32's accuracy.
+
+    Tensors are fp32 and on the CPU, each row's numbers next to each other in memory; weights may
+    be bf16 too.  Results do not depend on the number of threads, `torch.get_num_threads()` of them.
+    """
+
+    def multiplies(self, rows: int, weight: Tensor) -> bool:
+        """Whether `multiply` takes such a weight, and is faster than torch for so many rows."""
+        ...
+
+    def multiply(
+        self, out: Tensor, x: Tensor, weight: Tensor, *, transposed: bool, add: bool
+    ) -> None:
+        """out = x W, or x W^T where `transposed`; out += that where `add`.
+
+        Args:
+            out: `[T, N]`.
+            x: `[T, K]`.
+            weight: `[K, N]`, or transposed `[N, K]`.
+        """
+        ...
+
+    def gates(self, g: Tensor) -> bool:
+        """Whether `gate` is faster than torch for g `[T, F]`."""
+        ...
+
+    def gate(self, g: Tensor, u: Tensor, out: Tensor) -> None:
+        """out = silu(g) u, each `[T, F]`."""
+        ...
+
+    def gate_backward(self, dout: Tensor, g: Tensor, u: Tensor, dg: Tensor, du: Tensor) -> None:
+        """Writes the gradients of g and u to dg and du, one of which may be `dout` itself."""
+        ...
+
+    def attends(self, q: Tensor, k: Tensor) -> bool:
+        """Whether `attend` is faster than torch for a document of q `[T, H, Dh]` and k
+        `[T, Hkv, Dh]`."""
+        ...
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, scale: float, out: Tensor) -> Tensor:
+        """out = softmax(scale q k^T) v, each token seeing itself and those before it.
+
+        Args:
+            q: `[T, H, Dh]`, a token's heads one after the other.
+            k: `[T, Hkv, Dh]`; query head h sees key head h // (H / Hkv).
+            v: Like k.
+            out: Like q, contiguous.
+
+        Returns:
+            What `attend_backward` needs of it besides `out`.
+        """
+        ...
+
+    def attend_backward(
+        self,
+        dout: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor,
+        kept: Tensor,
+        scale: float,
+        into: tuple[Tensor, Tensor, Tensor],
+    ) -> None:
+        """Writes the gradients of q, k and v to `into`, contiguous, given that of out; `kept` is
+        what `attend` returned."""
+        ...
 
 
 # ---------------------------------------------------------------- snapshots

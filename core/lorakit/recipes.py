@@ -16,6 +16,8 @@ from lorakit.catalog import KINDS, Catalog, load_catalog
 from lorakit.errors import RecipeError, UserError, did_you_mean, listing, near_path
 from lorakit.foreign_names import ours
 from lorakit.options import (
+    AUTO,
+    TORCH,
     EvaluationOptions,
     SampleOptions,
     ScheduleOptions,
@@ -232,6 +234,8 @@ class _Resolver:
             if key in table or key not in _OPTIONAL:
                 values[key] = self._own(options, table.get(key, {}), key)
         values["loggers"] = self._loggers(table.get("loggers"))
+        if values["training"] is not None:
+            self._check_kernels(values["training"].kernels)
         self._check_paths(table)
         if self.problems:
             raise self._error()
@@ -297,6 +301,17 @@ class _Resolver:
         options, problems = structure(record.options, table, key)
         self.problems += problems
         return None if options is None else Section(record, options)
+
+    def _check_kernels(self, name: str) -> None:
+        if name in (AUTO, TORCH):
+            return
+        try:
+            self.catalog.get("kernels", name)
+        except UserError as error:
+            fix = f"{error.fix}. " if error.fix else ""
+            self.problems.append(
+                f'training.kernels: {error.message}. {fix}"{AUTO}" and "{TORCH}" are always there'
+            )
 
     def _loggers(self, tables: Any) -> tuple[Section, ...]:
         if tables is None:

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
         BaseCheckpoint,
         CausalLM,
         Example,
+        Kernels,
         Logger,
         Precision,
         Progress,
@@ -211,3 +212,18 @@ class ModelSource(Offer):
     fetch_configuration: Callable[[str, Progress], Path] | None = None
     hub_name: Callable[[str], tuple[str, str | None]] | None = None
     examples: tuple[str, ...] = field(default=())
+
+
+@frozen(kw_only=True)
+class KernelLibrary(Offer):
+    """Kernels for CPUs that have units torch does not use for fp32.
+
+    `summary` is also what a run's log says of them.
+
+    Attributes:
+        unusable: Says why they cannot be used on this machine; None where they can.
+        load: Gives the kernels, where they can be used.
+    """
+
+    unusable: Callable[[], str | None]
+    load: Callable[[], Kernels]

@@ -117,7 +117,8 @@ def assert_close(found, expected):
 def save_with_lorakit(base, directory, **options):
     """lorakit's model with a random adapter on, which is written."""
     opened = open_base_model(str(base), CATALOG, SilentProgress())
-    precision = CATALOG.get("precision", "fp32").resolve(CPU, None)
+    fp32 = CATALOG.get("precision", "fp32")
+    precision = fp32.resolve(CPU, fp32.options())
     load_weights(opened, device=CPU, precision=precision, progress=SilentProgress())
     chosen = LORA.options(**{"rank": 4, "alpha": 6.0, **options})
     names = apply_adapter(opened.model, LORA, chosen, torch.float32)

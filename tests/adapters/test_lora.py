@@ -30,7 +30,8 @@ def wrap(make_checkpoint):
 
     def wrap(options=None, **config):
         base = open_base_model(str(make_checkpoint(**config)), catalog, TerminalProgress())
-        precision = catalog.get("precision", "fp32").resolve(torch.device("cpu"), None)
+        fp32 = catalog.get("precision", "fp32")
+        precision = fp32.resolve(torch.device("cpu"), fp32.options())
         load_weights(
             base, device=torch.device("cpu"), precision=precision, progress=TerminalProgress()
         )

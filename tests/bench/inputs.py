@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from attrs import define, field
+from safetensors.torch import load_file, save_file
 
 from lorakit.catalog import load_catalog
 from lorakit.data.dataset import Dataset, load_dataset
@@ -50,10 +52,13 @@ class Inputs:
 
     @property
     def model(self) -> Path:
-        """SmolLM2-135M-Instruct, as the quickstart has it."""
+        """SmolLM2-135M-Instruct, as the quickstart has it, but in bf16, as it was published."""
         if self._model is None:
             path = resolve_recipe("quickstart").model.options.path
-            self._model = fetch_base(path, load_catalog(), TerminalProgress())
+            source = fetch_base(path, load_catalog(), TerminalProgress())
+            self._model = cache() / f"{source.name}-bf16"
+            if not self._model.exists():
+                write_in_bf16(source, self._model)
         return self._model
 
     @property
@@ -120,6 +125,20 @@ class Inputs:
         (chats,) = (d for d in catalog.all("dataset") if d.name == "messages")
         options = chats.options(path=str(rows), max_seq_len=longest)
         return load_dataset(chats, options, base.tokenizer, progress)
+
+
+def write_in_bf16(source: Path, target: Path) -> None:
+    """A copy of a Hugging Face directory with its weights rounded."""
+    part = target.with_suffix(".part")
+    shutil.rmtree(part, ignore_errors=True)
+    shutil.copytree(source, part)
+    for file in part.glob("*.safetensors"):
+        tensors = {name: tensor.bfloat16() for name, tensor in load_file(file).items()}
+        save_file(tensors, file, metadata={"format": "pt"})
+    config = part / "config.json"
+    table = json.loads(config.read_text(encoding="utf-8")) | {"torch_dtype": "bfloat16"}
+    config.write_text(json.dumps(table, indent=2), encoding="utf-8")
+    part.rename(target)
 
 
 def made(path: Path, rows: Callable[[], Iterable[Mapping[str, Any]]]) -> Path:

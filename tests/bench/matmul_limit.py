@@ -12,8 +12,9 @@ same batches.  Timed are, at the shapes, layer by layer and with the weights of 
     head            h W^T for the trained tokens, in the chunks of the loss; backward dz W
 
 All that can be written into memory that is there before is.  They are made by each library that
-torch has for them (see `lorakit.modules.matmul`); the faster counts.
-Prints one JSON object, as the peers do.
+torch has for them (see `lorakit.modules.matmul`), and by the kernels of a plugin that the recipe's
+run uses; the fastest counts.  Prints one JSON object, as the peers do; a step's `torch_seconds` are
+those of torch's fastest.
 """
 
 from __future__ import annotations
@@ -30,15 +31,21 @@ from lorakit.assemble import Run, assemble
 from lorakit.data.batches import Batch
 from lorakit.loss import chunk_tokens
 from lorakit.modules.attention import Attention
-from lorakit.modules.low_rank import LowRank, low_rank_of, weight_of
+from lorakit.modules.low_rank import LowRank, factor_of, low_rank_of
 from lorakit.modules.matmul import (
     add_times,
+    kernels_for,
     times,
+    times_into,
     times_transposed,
+    times_transposed_into,
     transposed_times,
+    use_kernels,
     use_onednn,
 )
+from lorakit.modules.narrow import row_blocks
 from lorakit.progress import TerminalProgress
+from lorakit.protocols import Kernels
 from lorakit.recipes import resolve_recipe
 
 READS_INPUT = ("q_proj", "k_proj", "v_proj", "qkv_proj")
@@ -50,10 +57,13 @@ class Scratch:
 
     Args:
         onednn: Whether oneDNN makes the products with frozen weights.
+        kernels: Those that make them.
     """
 
-    def __init__(self, *, onednn: bool) -> None:
+    def __init__(self, *, onednn: bool = False, kernels: Kernels | None = None) -> None:
         self.onednn = use_onednn(onednn)
+        use_kernels(kernels)
+        self.kernels = kernels
         self._kept: dict[tuple[str, tuple[int, ...]], Tensor] = {}
 
     def __call__(self, name: str, *shape: int) -> Tensor:
@@ -65,19 +75,25 @@ class Scratch:
 
 def project(x: Tensor, weight: Tensor, y: Tensor, scratch: Scratch) -> Tensor:
     """x W^T; oneDNN's cannot be written into y."""
-    return times_transposed(x, weight) if scratch.onednn else torch.mm(x, weight.t(), out=y)
+    if scratch.onednn:
+        return times_transposed(x, weight)
+    times_transposed_into(y, x, weight)
+    return y
 
 
 def project_back(dy: Tensor, weight: Tensor, dx: Tensor, scratch: Scratch) -> Tensor:
     """dy W; oneDNN's cannot be written into dx."""
-    return times(dy, weight) if scratch.onednn else torch.mm(dy, weight, out=dx)
+    if scratch.onednn:
+        return times(dy, weight)
+    times_into(dx, dy, weight, add=False)
+    return dx
 
 
 def linear_forward(part: LowRank, tokens: int, scratch: Scratch) -> None:
     """y = x W^T + (x A^T) B^T."""
-    weight = weight_of(part.base, scratch("x", 1))
-    out, wide = weight.shape
-    x, y = scratch("x", tokens, wide), scratch("y", tokens, out)
+    base = part.base
+    x, y = scratch("x", tokens, base.in_features), scratch("y", tokens, base.out_features)
+    weight = factor_of(base, x)
     y = project(x, weight, y, scratch)
     if part.down is not None and part.up is not None:
         low = project(x, part.down, scratch("low", tokens, len(part.down)), scratch)
@@ -86,11 +102,10 @@ def linear_forward(part: LowRank, tokens: int, scratch: Scratch) -> None:
 
 def linear_backward(part: LowRank, tokens: int, scratch: Scratch, needs_dx: bool) -> None:
     """dx = dy W + (dy B) A, and the gradients of A and B."""
-    weight = weight_of(part.base, scratch("x", 1))
-    out, wide = weight.shape
+    wide, out = part.base.in_features, part.base.out_features
     x, dy, dx = scratch("x", tokens, wide), scratch("y", tokens, out), scratch("dx", tokens, wide)
     if needs_dx:
-        dx = project_back(dy, weight, dx, scratch)
+        dx = project_back(dy, factor_of(part.base, dy), dx, scratch)
     if part.down is not None and part.up is not None:
         rank = len(part.down)
         low = scratch("low", tokens, rank)
@@ -128,8 +143,10 @@ def head_products(weight: Tensor, trained: int, scratch: Scratch) -> None:
     for start in range(0, trained, chunk):
         count = min(chunk, trained - start)
         h, logits = scratch("h", count, dim), scratch("logits", chunk, vocabulary)[:count]
-        logits = project(h, weight, logits, scratch)
-        project_back(logits, weight, scratch("dh", count, dim), scratch)
+        for rows, block in row_blocks(weight, h):
+            logits[:, rows] = project(h, block, logits[:, rows], scratch)
+        for rows, block in row_blocks(weight, h):
+            project_back(logits[:, rows], block, scratch("dh", count, dim), scratch)
 
 
 def step_products(run: Run, batch: Batch, scratch: Scratch) -> None:
@@ -175,21 +192,22 @@ def _attend(block: nn.Module, batch: Batch, scratch: Scratch, *, backward: bool)
 def main() -> None:
     recipe = resolve_recipe(sys.argv[1])
     run = assemble(recipe, TerminalProgress())
+    kernels = kernels_for(torch.empty(1))
     steps = []
     with torch.no_grad():
         for _, window in zip(range(run.total_steps), run.plan.windows(0, 0), strict=False):
-            seconds = min(timed(run, window, onednn=False), timed(run, window, onednn=True))
+            by_torch = min(timed(run, window, Scratch(onednn=on)) for on in (False, True))
+            own = timed(run, window, Scratch(kernels=kernels)) if kernels else by_torch
             counts = {
                 "tokens": sum(batch.size for batch in window),
                 "trained_tokens": sum(batch.trained for batch in window),
             }
-            steps.append({"seconds": seconds, **counts})
+            steps.append({"seconds": min(own, by_torch), "torch_seconds": by_torch, **counts})
     print(json.dumps({"steps": steps, "losses": []}))
 
 
-def timed(run: Run, window: list[Batch], *, onednn: bool) -> float:
+def timed(run: Run, window: list[Batch], scratch: Scratch) -> float:
     """Seconds of the window's products, made once before to fill the memory."""
-    scratch = Scratch(onednn=onednn)
     for batch in window:
         step_products(run, batch, scratch)
     started = time.perf_counter()

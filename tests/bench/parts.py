@@ -45,6 +45,9 @@ CANDIDATES = {
         )
     },
 }
+CANDIDATES[f"{CANDIDATE}packed 1,024, products by torch"] = packed(1024).but(
+    training={"kernels": "torch"}
+)
 DEFAULT = f"{CANDIDATE}packed 2,048"
 QUANTIZED = ("packed 512", "packed 1,024", "packed 2,048, checkpointing selective")
 LENGTHS = (256, 512, 1024, 2048)
@@ -155,6 +158,8 @@ def ablation(inputs: Inputs, steps: int, results: Mapping[str, Any]) -> Iterator
         "torch's own attention call per document": base.but(without="flash-kernel"),
         "long documents by torch's kernel too": base.but(without="blockwise"),
         "products by torch's default library": base.but(without="onednn"),
+        "products, gates and attention by torch (kernels)": base.but(training={"kernels": "torch"}),
+        "base weights widened when loaded": base.but(precision={"storage": "fp32"}),
         "process settings off (LORAKIT_TUNE=0)": base.but(env={"LORAKIT_TUNE": "0"}),
         COMPILED: base.but(training={"compile": True}, env={NO_COMPILER_CACHE: "1"}),
         "checkpointing off": base.but(training={"activation_checkpointing": False}),

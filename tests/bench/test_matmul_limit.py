@@ -44,7 +44,7 @@ def test_operations_are_those_of_the_step(make_recipe, targets):
     ((batch, *_),) = [window for _, window in zip(range(1), run.plan.windows(0, 0), strict=False)]
     step = counted(lambda: batch_loss(run.base.causal_lm, batch).backward())
     with torch.no_grad():
-        products = counted(lambda: step_products(run, batch, Scratch(onednn=False)))
+        products = counted(lambda: step_products(run, batch, Scratch()))
     heads, head_dim = 4, 8
     squares = sum(length**2 for length in batch.layout.lengths)
     # In the step, a kernel makes them.

@@ -28,9 +28,10 @@ class Setting:
     """How lorakit is to train.
 
     Attributes:
-        data: Keys of the recipe's section, beside the benchmark's own; so are the next three.
+        data: Keys of the recipe's section, beside the benchmark's own.
         training: Likewise.
         adapter: Likewise.
+        precision: Likewise.
         quantization: None for none.
         env: Environment variables.
         without: A technique to leave out, see `tests.bench.without`.
@@ -39,6 +40,7 @@ class Setting:
     data: Mapping[str, Any] = field(factory=dict)
     training: Mapping[str, Any] = field(factory=dict)
     adapter: Mapping[str, Any] = field(factory=dict)
+    precision: Mapping[str, Any] = field(factory=dict)
     quantization: str | None = None
     env: Mapping[str, str] = field(factory=dict)
     without: str | None = None
@@ -68,13 +70,13 @@ def recipe(setting: Setting, model: Path, rows: Path, steps: int) -> dict[str, A
         "adapter": {"name": "lora", "rank": 8, "alpha": 16, "targets": "all-linear"},
         "optimizer": {"name": "adamw", "lr": 3e-4},
         "schedule": {"name": "constant"},
-        "precision": {"name": "fp32"},
+        "precision": {"name": "fp32", "storage": "checkpoint"},
         "data": {"name": "messages", "path": str(rows), "max_seq_len": 1024, "shuffle": False},
         "training": {"max_steps": steps},
         "checkpointer": {"name": "safetensors", "save_merged": False},
         "loggers": [{"name": "disk"}],
     }
-    for name in ("data", "training", "adapter"):
+    for name in ("data", "training", "adapter", "precision"):
         table[name] |= getattr(setting, name)
     if setting.quantization:
         table["quantization"] = {"name": setting.quantization}

@@ -15,7 +15,7 @@ from lorakit.data.batches import IGNORED, Batch
 from lorakit.loss import batch_loss
 from lorakit.modules import Layout, RMSNorm
 from lorakit.modules.frozen import StoredLinear
-from lorakit.modules.matmul import use_onednn
+from lorakit.modules.matmul import use_kernels, use_onednn
 from lorakit.testing.checkpoints import meta_model
 from lorakit.weights.base import family_of
 from lorakit.weights.stream import linear_names
@@ -124,6 +124,19 @@ def onednn() -> Iterator[None]:
         pytest.skip("this torch has no oneDNN")
     yield
     use_onednn(False)
+
+
+@pytest.fixture
+def kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Products and attention of every size by the kernels of a plugin that this machine can use."""
+    usable = [k for k in load_catalog().all("kernels") if k.unusable() is None]
+    if not usable:
+        pytest.skip("no plugin with kernels that this machine can use")
+    found = usable[0].load()
+    monkeypatch.setattr(type(found), "multiplies", lambda *_: True)
+    use_kernels(found)
+    yield
+    use_kernels(None)
 
 
 @pytest.fixture(params=FAMILIES)

@@ -43,6 +43,12 @@ def test_equal_where_products_are_by_onednn(
     assert_paths_agree(make_model(model_type, adapter))
 
 
+@pytest.mark.usefixtures("kernels")
+@pytest.mark.parametrize("adapter", ["lora", "dora_dropout"])
+def test_equal_where_products_are_by_kernels(model_type, adapter, make_model, assert_paths_agree):
+    assert_paths_agree(make_model(model_type, adapter))
+
+
 @pytest.mark.parametrize("adapter", ["lora", "dora_dropout"])
 @pytest.mark.parametrize("model_type", ["llama", "phi3"])
 def test_equal_where_weights_are_materialized(model_type, adapter, make_model, assert_paths_agree):

@@ -16,7 +16,7 @@ import pytest
 from lorakit.catalog import first_party, load_catalog
 
 CORE = Path(__file__).resolve().parents[2] / "core" / "lorakit"
-KINDS = ("model family", "adapter", "optimizer", "quantization", "logger")
+KINDS = ("model family", "adapter", "optimizer", "quantization", "logger", "kernels")
 # Names that core would be free of only by paraphrase: what they mean there is no plugin.
 # `disk` and `terminal` are words for places (a disk that is full, a terminal that is none);
 # `TerminalProgress` is core's own.  They may stand in prose with other words around them, but

@@ -207,6 +207,49 @@ def test_lorakit_model_sources(
         resolve_recipe(small_recipe(model={"name": "llama", "path": "nowhere"}))
 
 
+def test_lorakit_kernels(
+    plant_sample: Plant,
+    small_recipe: Recipe,
+    tmp_path: Path,
+    capfd: Any,
+    losses: Losses,
+    monkeypatch: pytest.MonkeyPatch,
+):
+    """The first that can be used here computes products and attention; it can be turned off."""
+    plant_sample("kernels")
+    asked = tmp_path / "asked"
+    monkeypatch.setenv("ASKED", str(asked))
+    loggers = [{"name": "disk"}, {"name": "terminal"}]
+    recipe = small_recipe(loggers=loggers, training={"max_steps": 3})
+    plain = lorakit.train(recipe, output=tmp_path / "p", overrides={"training.kernels": "torch"})
+    assert "kernels: products in float64" not in capfd.readouterr().out
+    assert not asked.exists()
+
+    run = lorakit.train(recipe, output=tmp_path / "wide", overrides={"training.kernels": "a-wide"})
+    assert "kernels: products in float64" in capfd.readouterr().out
+    assert set(asked.read_text().split()) == {
+        *("multiply", "gate", "gate_backward", "attend", "attend_backward"),
+    }
+    assert losses(run.output) == pytest.approx(losses(plain.output), rel=1e-5)
+
+    asked.unlink()
+    monkeypatch.setattr("lorakit.assemble.tune_process", lambda *_, **__: None)
+    for tuned in ("0", "1"):
+        monkeypatch.setenv("LORAKIT_TUNE", tuned)
+        lorakit.train(recipe, output=tmp_path / f"tuned-{tuned}")
+        assert asked.exists() is (tuned == "1")
+
+
+def test_lorakit_kernels_that_cannot_be_used_are_refused_by_name(
+    plant_sample: Plant, small_recipe: Recipe
+):
+    plant_sample("kernels")
+    with pytest.raises(UserError, match="a-none cannot be used here: this is today"):
+        lorakit.train(small_recipe(), overrides={"training.kernels": "a-none"})
+    with pytest.raises(RecipeError, match=r"training.kernels: .*'a-wade' \(did you mean 'a-wide'"):
+        resolve_recipe(small_recipe(), overrides={"training.kernels": "a-wade"})
+
+
 def test_lorakit_recipe_problems(plant_sample: Plant, small_recipe: Recipe):
     plant_sample("recipe_problems")
     resolve_recipe(small_recipe())

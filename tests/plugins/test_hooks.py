@@ -41,7 +41,7 @@ def section_of(heading: str) -> str:
 
 
 def test_there_are_hooks():
-    assert len(HOOKS) == 11
+    assert len(HOOKS) == 12
     assert set(HOOKS) == set(signatures())
 
 

@@ -108,6 +108,33 @@ def test_a_precision_nobody_offers_names_the_nearest(typo, meant, make_recipe):
 # ---------------------------------------------------------------- runs
 
 
+@pytest.mark.parametrize("quantization", [None, {"name": "nf4"}], ids=["plain", "nf4"])
+def test_weights_as_the_checkpoint_has_them_are_the_same_run(
+    quantization, make_checkpoint, train_run, tmp_path, read_metrics
+):
+    """Widening bf16 loses nothing: losses and adapter are those of weights kept in fp32."""
+    from transformers import AutoModelForCausalLM
+
+    base = make_checkpoint()
+    rounded = tmp_path / "rounded"
+    AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16).save_pretrained(rounded)
+    for file in base.glob("tokenizer*"):
+        (rounded / file.name).write_bytes(file.read_bytes())
+    settings = {"training": {"batch_size": 4}}
+    if quantization:
+        settings["quantization"] = quantization
+    runs = [
+        train_run(model=rounded, precision={"name": "fp32", "storage": storage}, **settings)
+        for storage in ("fp32", "checkpoint")
+    ]
+    kept, narrow = ([line["loss"] for line in read_metrics(run)] for run in runs)
+    assert narrow == pytest.approx(kept, rel=1e-6)
+    table = {"name": "fp32", "storage": "checkpoint"}
+    recipe = resolve_recipe(str(runs[1] / "recipe.toml"), overrides={"precision": table})
+    parameters = assemble(recipe, TerminalProgress()).base.model.named_parameters()
+    assert {p.dtype for n, p in parameters if "lora" not in n} == {BF16}
+
+
 @pytest.mark.parametrize("units", [True, False], ids=["bf16_units", "no_bf16_units"])
 @pytest.mark.parametrize("name", BY_NAME)
 def test_a_run_keeps_adapter_and_optimizer_state_in_their_dtype(

@@ -77,6 +77,7 @@ def lorakit_precisions() -> list[PrecisionPolicy]:
             name="fp32",
             summary="everything in fp32",
             default=True,
+            options=precisions.FP32Options,
             resolve=precisions.resolve_fp32,
         ),
         PrecisionPolicy(

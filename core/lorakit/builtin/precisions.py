@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from attrs import define
+from attrs import define, field, frozen
+from attrs.validators import in_
 
 from lorakit.errors import UserError
 from lorakit.options import NoOptions
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 class PlainPrecision:
     """A `lorakit.protocols.Precision` whose gradients need no scaling."""
 
-    storage: torch.dtype
+    storage: torch.dtype | None
     compute: torch.dtype
     adapter: torch.dtype
     notice: str | None = None
@@ -115,11 +116,25 @@ def _parameters(optimizer: torch.optim.Optimizer) -> list[torch.nn.Parameter]:
     return [p for group in optimizer.param_groups for p in group["params"]]
 
 
-def resolve_fp32(device: torch.device, options: NoOptions) -> PlainPrecision:
-    """Everything in fp32."""
+@frozen(kw_only=True)
+class FP32Options:
+    """`[precision]` with `name = "fp32"`.
+
+    Attributes:
+        storage: What the frozen base weights are kept in: `fp32`, or with `checkpoint` what the
+            checkpoint has each in, which takes half the memory for bf16.  Those are widened where
+            they are used, so that the numbers are the same.
+    """
+
+    storage: str = field(default="fp32", validator=in_(("fp32", "checkpoint")))
+
+
+def resolve_fp32(device: torch.device, options: FP32Options) -> PlainPrecision:
+    """Everything in fp32, but for base weights that are kept as they are stored."""
     import torch
 
-    return PlainPrecision(torch.float32, torch.float32, torch.float32)
+    storage = None if options.storage == "checkpoint" else torch.float32
+    return PlainPrecision(storage, torch.float32, torch.float32)
 
 
 def resolve_bf16(device: torch.device, options: NoOptions) -> PlainPrecision:

@@ -3,20 +3,24 @@
 torch's scaled_dot_product_attention keeps q, k, v and its result for each document, k and v
 repeated for the query heads they serve, and joining the documents copies the results.  Called
 directly, the kernel repeats nothing, and each document's result goes to its place at once.  Where
-it is faster, a long document goes to `lorakit.modules.blockwise` instead.
+they are faster, a long document goes to `lorakit.modules.blockwise` instead, or any to the kernels
+that a plugin brings.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
+from attrs import frozen
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from lorakit.modules.blockwise import attend, attend_backward, beats_kernel
 from lorakit.modules.layout import Segments
+from lorakit.modules.matmul import kernels_for
+from lorakit.protocols import Kernels
 
 _forward: Any = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", None)
 _backward: Any = getattr(
@@ -71,45 +75,102 @@ class _FlashDocuments(torch.autograd.Function):
         out = torch.empty_like(q, memory_format=torch.contiguous_format)
         ctx.scale = q.shape[-1] ** -0.5 if scale is None else scale
         ctx.documents = []
-        normalizers = []
+        kept = []
         for parts in documents:
             own = parts[-1]
             if own.start == own.stop:
                 # Another document is the same.
                 continue
             inputs = _joined(q, parts), _joined(k, parts), _joined(v, parts)
-            # Decided once: the backward pass of one way cannot follow the other's forward pass.
-            blockwise = beats_kernel(*inputs[:2])
-            ctx.documents.append((parts, blockwise))
-            if blockwise:
-                result = torch.empty_like(inputs[0])
-                attend(*inputs, ctx.scale, result)
-            else:
-                batch, normalizer = _forward(*map(_as_batch, inputs), 0.0, True, scale=ctx.scale)
-                result = _as_tokens(batch)
-                normalizers.append(normalizer)
+            # Decided once: the backward pass of one way cannot follow another's forward pass.
+            way = _way_for(*inputs[:2])
+            ctx.documents.append((parts, way))
+            result, normalizer = way.forward(inputs, ctx.scale)
+            kept.append(normalizer)
             out[own] = result[own.start - own.stop :]
-        ctx.save_for_backward(q, k, v, out, *normalizers)
+        ctx.save_for_backward(q, k, v, out, *kept)
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, out, *normalizers = ctx.saved_tensors
+        q, k, v, out, *kept = ctx.saved_tensors
         gradients = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v)]
-        remaining = iter(normalizers)
-        for parts, blockwise in ctx.documents:
+        for (parts, way), normalizer in zip(ctx.documents, kept, strict=True):
             inputs = _joined(q, parts), _joined(k, parts), _joined(v, parts)
             upstream = _padded(dout[parts[-1]], inputs[0])
-            if blockwise:
-                found = tuple(torch.empty_like(x) for x in inputs)
-                attend_backward(upstream, *inputs, ctx.scale, found)
-            else:
-                batches = map(_as_batch, (upstream, *inputs, _joined(out, parts)))
-                results = _backward(*batches, next(remaining), 0.0, True, scale=ctx.scale)
-                found = tuple(_as_tokens(result) for result in results)
+            found = way.backward(upstream, inputs, _joined(out, parts), normalizer, ctx.scale)
             _add_to_parts(gradients, found, parts)
         return (*gradients, None, None)
+
+
+Inputs = tuple[Tensor, Tensor, Tensor]
+"""q `[T, H, Dh]`, k and v `[T, Hkv, Dh]` of one document."""
+
+
+class _Way(Protocol):
+    """How a document is attended."""
+
+    def forward(self, inputs: Inputs, scale: float) -> tuple[Tensor, Tensor | None]:
+        """The result `[T, H, Dh]`, and what else the backward pass needs."""
+        ...
+
+    def backward(
+        self, dout: Tensor, inputs: Inputs, out: Tensor, kept: Tensor | None, scale: float
+    ) -> Sequence[Tensor]:
+        """The gradients of the inputs."""
+        ...
+
+
+def _way_for(q: Tensor, k: Tensor) -> _Way:
+    kernels = kernels_for(q)
+    if kernels is not None and kernels.attends(q, k):
+        return _ByKernels(kernels)
+    return _Blockwise() if beats_kernel(q, k) else _Flash()
+
+
+class _Flash:
+    def forward(self, inputs: Inputs, scale: float) -> tuple[Tensor, Tensor | None]:
+        batch, normalizer = _forward(*map(_as_batch, inputs), 0.0, True, scale=scale)
+        return _as_tokens(batch), normalizer
+
+    def backward(
+        self, dout: Tensor, inputs: Inputs, out: Tensor, kept: Tensor | None, scale: float
+    ) -> Sequence[Tensor]:
+        batches = map(_as_batch, (dout, *inputs, out))
+        return tuple(map(_as_tokens, _backward(*batches, kept, 0.0, True, scale=scale)))
+
+
+class _Blockwise:
+    def forward(self, inputs: Inputs, scale: float) -> tuple[Tensor, Tensor | None]:
+        out = torch.empty_like(inputs[0])
+        attend(*inputs, scale, out)
+        return out, None
+
+    def backward(
+        self, dout: Tensor, inputs: Inputs, out: Tensor, kept: Tensor | None, scale: float
+    ) -> Sequence[Tensor]:
+        found = tuple(torch.empty_like(x) for x in inputs)
+        attend_backward(dout, *inputs, scale, found)
+        return found
+
+
+@frozen
+class _ByKernels:
+    kernels: Kernels
+
+    def forward(self, inputs: Inputs, scale: float) -> tuple[Tensor, Tensor | None]:
+        out = torch.empty_like(inputs[0])
+        return out, self.kernels.attend(*inputs, scale, out)
+
+    def backward(
+        self, dout: Tensor, inputs: Inputs, out: Tensor, kept: Tensor | None, scale: float
+    ) -> Sequence[Tensor]:
+        assert kept is not None
+        q, k, v = inputs
+        into = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+        self.kernels.attend_backward(dout, q, k, v, out, kept, scale, into)
+        return into
 
 
 def _joined(x: Tensor, parts: Segments) -> Tensor:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
@@ -24,6 +25,8 @@ from lorakit.modules.low_rank import (
     low_ranks_of,
     trained,
 )
+from lorakit.modules.matmul import kernels_for
+from lorakit.protocols import Kernels
 
 Activation = Callable[[Tensor], Tensor]
 
@@ -85,7 +88,7 @@ class _Gated(torch.autograd.Function):
     ) -> Tensor:
         results = [forward_product(part, x) for part in parts[:-1]]
         g, u = halves([result.y for result in results])
-        h = activation(g).mul_(u)
+        h = _gate(g, u, activation)
         last = forward_product(parts[-1], h)
         ctx.parts, ctx.activation, ctx.recompute = parts, activation, recompute
         if recompute:
@@ -106,15 +109,50 @@ class _Gated(torch.autograd.Function):
             made = [result.y for result in again]
             kept = [tensor for result in again for tensor in result.kept] + kept
         g, u = halves(made)
-        with torch.enable_grad():
-            leaf = g.detach().requires_grad_()
-            a = ctx.activation(leaf)
-        h = a.detach() * u
-        dh, of_down = backward_products([down], h, [dy], kept[-KEPT:])
-        assert dh is not None
-        # One [T, F] after the other is given back, or written over by the next.
-        du = torch.mul(a.detach(), dh, out=h)
-        (dg,) = torch.autograd.grad(a, leaf, dh.mul_(u))
+        dg, du, of_down = _through_gate(g, u, ctx.activation, down, dy, kept[-KEPT:])
         dmade = [dg, du] if len(made) == 2 else [torch.cat([dg, du], dim=-1)]
         dx, gradients = backward_products(inner, x, dmade, kept, wanted=ctx.needs_input_grad[0])
         return dx, None, None, None, *gradients, *of_down
+
+
+def _gating(activation: Activation, g: Tensor) -> Kernels | None:
+    """What computes the activation and its gradient in one go, if anything does."""
+    kernels = kernels_for(g) if activation is F.silu else None
+    return kernels if kernels is not None and kernels.gates(g) else None
+
+
+def _gate(g: Tensor, u: Tensor, activation: Activation) -> Tensor:
+    kernels = _gating(activation, g)
+    if kernels is None:
+        return activation(g).mul_(u)
+    h = torch.empty_like(g, memory_format=torch.contiguous_format)
+    kernels.gate(g, u, h)
+    return h
+
+
+def _through_gate(
+    g: Tensor,
+    u: Tensor,
+    activation: Activation,
+    down: LowRank,
+    dy: Tensor,
+    kept: Sequence[Tensor | None],
+) -> tuple[Tensor, Tensor, list[Tensor | None]]:
+    """The gradients of g and u, and of the last layer's parameters, given that of its result.  One
+    `[T, F]` after the other is given back, or written over by the next."""
+    kernels = _gating(activation, g)
+    if kernels is not None:
+        h = _gate(g, u, activation)
+        dh, of_down = backward_products([down], h, [dy], kept)
+        assert dh is not None
+        kernels.gate_backward(dh, g, u, dh, h)
+        return dh, h, of_down
+    with torch.enable_grad():
+        leaf = g.detach().requires_grad_()
+        a = activation(leaf)
+    h = a.detach() * u
+    dh, of_down = backward_products([down], h, [dy], kept)
+    assert dh is not None
+    du = torch.mul(a.detach(), dh, out=h)
+    (dg,) = torch.autograd.grad(a, leaf, dh.mul_(u))
+    return dg, du, of_down

@@ -24,7 +24,13 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from lorakit.modules.frozen import StoredLinear, materialized
-from lorakit.modules.matmul import add_times, times, times_transposed, transposed_times
+from lorakit.modules.matmul import (
+    add_times,
+    multiplies_as_stored,
+    times,
+    times_transposed,
+    transposed_times,
+)
 from lorakit.modules.narrow import NarrowLinear
 
 
@@ -153,7 +159,8 @@ class Product:
 def forward_product(part: LowRank, x: Tensor, dropped: Tensor | None = None) -> Product:
     """One layer's forward pass.  x `[T, in]`; `dropped` is which inputs an earlier one has
     dropped, to repeat it."""
-    weight = weight_of(part.base, x)
+    # Norms need W itself, not only its product.
+    weight = (factor_of if part.magnitude is None else weight_of)(part.base, x)
     y = times_transposed(x, weight)
     bias = getattr(part.base, "bias", None)
     low = ratio = None
@@ -222,7 +229,7 @@ def _backward_product(
         d_magnitude = torch.where(magnitude == 0, 0, summed / magnitude)
         dy = dy * ratio
     if wanted:
-        dx = times(dy, weight_of(part.base, dy), plus=dx)
+        dx = times(dy, factor_of(part.base, dy), plus=dx)
     if low is not None and part.down is not None and part.up is not None:
         d_low = times(dy, part.up.to(dy.dtype)).mul_(part.scale)
         d_up = transposed_times(low, dy).t().to(part.up.dtype)
@@ -234,6 +241,14 @@ def _backward_product(
             else:
                 dx.add_(without(times(d_low, down), dropped, part.dropout))
     return dx, (d_down, d_up, d_magnitude)
+
+
+def factor_of(base: nn.Module, x: Tensor) -> Tensor:
+    """W `[out, in]` in the dtype of x, or in another that products with x take it in; for the next
+    product only."""
+    if isinstance(base, NarrowLinear) and multiplies_as_stored(x, base.weight):
+        return base.weight
+    return weight_of(base, x)
 
 
 def weight_of(base: nn.Module, like: Tensor) -> Tensor:

@@ -1,17 +1,21 @@
-"""Products with a frozen weight, by whichever library of torch's is the faster on this CPU.
+"""Products with a frozen weight, by whichever library is the fastest on this CPU.
 
 torch computes fp32 products with Intel's MKL, which on AMD processors does not use AVX-512: there
 oneDNN, which torch carries as well, is more than twice as fast (on a Zen 5 core 250 GFLOP/s
 where MKL reaches 110).  `lorakit.runtime` decides once, by the processor, so that a run is
-repeated bit for bit on the same machine.
+repeated bit for bit on the same machine.  A plugin may bring kernels of its own
+(`lorakit.kernels`), which are asked first.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from lorakit.protocols import Kernels
 
 _linear: Any = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
 _convolution: Any = getattr(torch.ops.mkldnn, "_convolution_pointwise_", None)
@@ -20,6 +24,37 @@ _PART = 2**20
 _LARGE = 2**20
 """Numbers that a thin product is added to, from which on oneDNN is the faster at it."""
 _chosen = {"onednn": False}
+_kernels: list[Kernels] = []
+"""Those that a plugin brings, if any are in use; they come before oneDNN."""
+
+
+def use_kernels(kernels: Kernels | None) -> None:
+    """Has fp32 products on the CPU computed by these where they are the faster; None: by torch."""
+    _kernels[:] = [kernels] if kernels is not None else []
+
+
+def kernels_for(x: Tensor) -> Kernels | None:
+    """Those in use, if they know such tensors as x `[T, ...]`."""
+    if not _kernels or x.dtype != torch.float32 or not _is_there(x):
+        return None
+    return _kernels[0]
+
+
+def multiplies_as_stored(x: Tensor, weight: Tensor) -> bool:
+    """Whether products of x with a weight of another dtype are computed from it as it is."""
+    return _multiplying(x, weight) is not None
+
+
+def _multiplying(x: Tensor, weight: Tensor) -> Kernels | None:
+    kernels = kernels_for(x)
+    if kernels is None or weight.device.type != "cpu" or weight.stride(-1) != 1:
+        return None
+    return kernels if kernels.multiplies(len(x), weight) else None
+
+
+def _is_there(tensor: Tensor) -> bool:
+    """Not a fake or meta tensor, nor on another device."""
+    return type(tensor) is Tensor and tensor.device.type == "cpu"
 
 
 def use_onednn(on: bool) -> bool:
@@ -44,14 +79,22 @@ def row_multiple() -> int:
 
 def times_transposed(x: Tensor, weight: Tensor) -> Tensor:
     """x W^T `[T, out]`, of x `[T, in]` and W `[out, in]`."""
-    if by_onednn(x, weight):
-        y: Tensor = _linear(x.contiguous(), weight, None, "none", [], "")
+    if _multiplying(x, weight):
+        y = x.new_empty(len(x), len(weight))
+        times_transposed_into(y, x, weight)
         return y
+    if by_onednn(x, weight):
+        made: Tensor = _linear(x.contiguous(), weight, None, "none", [], "")
+        return made
     return x @ weight.t()
 
 
 def times(dy: Tensor, weight: Tensor, plus: Tensor | None = None) -> Tensor:
     """dy W, plus a `[T, in]` that may be written over: of dy `[T, out]` and W `[out, in]`."""
+    if _multiplying(dy, weight):
+        into = dy.new_empty(len(dy), weight.shape[1]) if plus is None else plus
+        times_into(into, dy, weight, add=plus is not None)
+        return into
     if by_onednn(dy, weight):
         # Of a strided view, oneDNN takes a hundred times as long.
         dy = dy.contiguous()
@@ -66,7 +109,9 @@ def times(dy: Tensor, weight: Tensor, plus: Tensor | None = None) -> Tensor:
 
 def times_transposed_into(out: Tensor, x: Tensor, weight: Tensor) -> None:
     """out = x W^T."""
-    if by_onednn(x, weight):
+    if kernels := _multiplying(x, weight):
+        kernels.multiply(out, _in_rows(x), weight, transposed=True, add=False)
+    elif by_onednn(x, weight):
         # oneDNN's product cannot be written into a given tensor, and copying it costs little.  In
         # parts: whole logits, large and soon freed, would leave holes in the heap.
         count = max(1, _PART // len(x))
@@ -79,10 +124,16 @@ def times_transposed_into(out: Tensor, x: Tensor, weight: Tensor) -> None:
 
 def times_into(out: Tensor, dy: Tensor, weight: Tensor, *, add: bool) -> None:
     """out = dy W, or out += dy W."""
-    if by_onednn(dy, weight):
+    if kernels := _multiplying(dy, weight):
+        kernels.multiply(out, _in_rows(dy), weight, transposed=False, add=add)
+    elif by_onednn(dy, weight):
         out.copy_(times(dy, weight, plus=out if add else None))
     else:
         out.addmm_(dy, weight, beta=1 if add else 0)
+
+
+def _in_rows(x: Tensor) -> Tensor:
+    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def transposed_times(low: Tensor, z: Tensor) -> Tensor:
@@ -121,8 +172,8 @@ def by_onednn(x: Tensor, weight: Tensor) -> bool:
     return (
         _chosen["onednn"]
         and x.dtype == weight.dtype == torch.float32
-        # Not a fake or meta tensor, nor on another device; one row is no matrix product.
-        and type(x) is Tensor
-        and x.device.type == weight.device.type == "cpu"
+        and _is_there(x)
+        and weight.device.type == "cpu"
+        # One row is no matrix product.
         and len(x) > 1
     )

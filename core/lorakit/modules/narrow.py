@@ -10,25 +10,27 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from lorakit.modules.frozen import StoredLinear
-from lorakit.modules.matmul import times_into, times_transposed_into
+from lorakit.modules.matmul import multiplies_as_stored, times_into, times_transposed_into
 from lorakit.scratch import scratch
 
 BLOCK_ELEMENTS = 16 * 2**20
 """Weights widened at a time: 64 MB of fp32.  Smaller blocks make narrow, slower products."""
 
 
-def row_blocks(weight: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
-    """A matrix's rows in a dtype, block by block.
+def row_blocks(weight: Tensor, x: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """A matrix's rows, block by block, in a dtype that x can be multiplied with.
 
     Args:
         weight: `[out, in]`.
-        dtype: What the blocks are in.  The weight's own: there is one block, the weight itself.
+        x: Of the weight's dtype, or where products take the weight as it is: there is one block,
+            the weight itself.  Else blocks are in the dtype of x.
 
     Yields:
         Which rows, and their values `[rows, in]`: good until the next block, which takes the
         same memory.
     """
-    if weight.dtype == dtype:
+    dtype = x.dtype
+    if weight.dtype == dtype or multiplies_as_stored(x, weight):
         yield slice(0, len(weight)), weight
         return
     count = min(len(weight), max(1, BLOCK_ELEMENTS // weight.shape[1]))
@@ -81,13 +83,13 @@ class _NarrowProduct(torch.autograd.Function):
 
 def project(x: Tensor, weight: Tensor, *, out: Tensor) -> None:
     """out = x W^T: x `[N, in]`, W `[out, in]` in any float, out `[N, out]`."""
-    for rows, block in row_blocks(weight, x.dtype):
+    for rows, block in row_blocks(weight, x):
         times_transposed_into(out[:, rows], x, block)
 
 
 def project_back(dy: Tensor, weight: Tensor, *, out: Tensor) -> None:
     """out = dy W: dy `[N, out]`, W `[out, in]` in any float, out `[N, in]`."""
-    for rows, block in row_blocks(weight, dy.dtype):
+    for rows, block in row_blocks(weight, dy):
         times_into(out, dy[:, rows], block, add=rows.start > 0)
 
 

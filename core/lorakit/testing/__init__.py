@@ -8,6 +8,7 @@ from lorakit.testing.checkpoints import write_checkpoint
 from lorakit.testing.conformance import Case, check_plugin, conformance_cases
 from lorakit.testing.failure import ConformanceError
 from lorakit.testing.inputs import check_dataset, check_model_source, check_weight_format
+from lorakit.testing.kernels import check_kernels
 from lorakit.testing.layers import check_adapter, check_quantization
 from lorakit.testing.models import check_model_family
 from lorakit.testing.offers import check_torch_free
@@ -20,6 +21,7 @@ __all__ = [
     "check_adapter",
     "check_checkpointer",
     "check_dataset",
+    "check_kernels",
     "check_logger",
     "check_model_family",
     "check_model_source",

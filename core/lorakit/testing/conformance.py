@@ -11,6 +11,7 @@ from lorakit.catalog import KINDS, Catalog, Offered, load_catalog
 from lorakit.plugins import Plugin
 from lorakit.testing.failure import ConformanceError, ensure
 from lorakit.testing.inputs import check_dataset, check_model_source, check_weight_format
+from lorakit.testing.kernels import check_kernels
 from lorakit.testing.layers import check_adapter, check_quantization
 from lorakit.testing.models import check_model_family
 from lorakit.testing.offers import check_torch_free
@@ -146,6 +147,8 @@ def _check_record(
         check_model_family(record, sample)
     elif kind == "dataset":
         check_dataset(record, sample, options)
+    elif kind == "kernels":
+        check_kernels(record)
     elif kind in _WITH_SAMPLE:
         _WITH_SAMPLE[kind](record, sample)
     else:

@@ -143,7 +143,7 @@ def dequantized_base(
     quantize: Quantize,
     *,
     device: torch.device,
-    dtype: torch.dtype,
+    dtype: torch.dtype | None,
     kept_linears: frozenset[str] = frozenset(),
 ) -> Callable[[str, Tensor], Tensor]:
     """What a model that `stream_weights` quantized computes with, tensor by tensor.
@@ -152,7 +152,7 @@ def dequantized_base(
         model: On the meta device, without an adapter.
         quantize: As there, and so are the others.
         device: Where the quantization is done.
-        dtype: What a weight is in when it is quantized.
+        dtype: What a weight is in when it is quantized; None: what it is stored in.
         kept_linears: Those that are not.
 
     Returns:

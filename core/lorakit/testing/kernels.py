@@ -1,0 +1,154 @@
+"""Conformance of kernels: products and attention as exact as torch's in fp32."""
+
+from __future__ import annotations
+
+import unittest
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import product
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lorakit.protocols import Kernels
+from lorakit.records import KernelLibrary
+from lorakit.testing.failure import ensure
+from lorakit.testing.offers import check_offer
+
+SIZES = (64, 70, 257)
+LENGTHS = (1, 33, 130)
+HEADS = ((4, 2), (3, 3), (4, 1))
+HEAD_DIM = 64
+SLACK = 3.0
+"""Errors in the 2-norm are at most so many times those of torch's own fp32."""
+
+
+def check_kernels(record: KernelLibrary) -> None:
+    """Checks kernels against float64, beside torch's fp32.
+
+    Raises:
+        ConformanceError: Something does not hold.
+        unittest.SkipTest: They cannot be used on this machine.
+    """
+    check_offer(record)
+    reason = record.unusable()
+    if reason is not None:
+        ensure(reason and "\n" not in reason, f"unusable: {reason!r} is no line")
+        raise unittest.SkipTest(f"{record.name}: {reason}")
+    kernels = record.load()
+    torch.manual_seed(0)
+    for rows, columns, inner in product(SIZES, SIZES, SIZES):
+        _check_product(kernels, torch.randn(rows, inner), torch.randn(columns, inner))
+    wide = torch.randn(65, 128)
+    _check_product(kernels, wide, torch.randn(64, 128).bfloat16())
+    g, u, dout = torch.randn(3, 65, 130).mul_(4).unbind()
+    if kernels.gates(g):
+        _check_gate(kernels, g, u, dout)
+    for length, (heads, kv_heads) in product(LENGTHS, HEADS):
+        q = torch.randn(length, heads, HEAD_DIM)
+        k, v = torch.randn(2, length, kv_heads, HEAD_DIM)
+        if kernels.attends(q, k):
+            _check_attention(kernels, q, k, v)
+
+
+def _check_product(kernels: Kernels, x: Tensor, weight: Tensor) -> None:
+    if not kernels.multiplies(len(x), weight):
+        return
+    # As a step has them: a part of a larger tensor.
+    x = torch.cat([x, x], dim=1)[:, : x.shape[1]]
+    for transposed in (True, False):
+        stored = weight if transposed else weight.t().contiguous()
+        start = torch.randn(len(x), len(weight))
+        for add in (False, True):
+            plus = start.double() if add else 0
+            exact = x.double() @ weight.double().t() + plus
+            theirs = x @ weight.float().t() + (start if add else 0)
+            results = []
+            for threads in (1, 2):
+                out = start.clone()
+                with _torch_threads(threads):
+                    kernels.multiply(out, x, stored, transposed=transposed, add=add)
+                results.append(out)
+            how = f"multiply: transposed={transposed}, add={add}"
+            _ensure_close(results[0], theirs, exact, how)
+            ensure(torch.equal(*results), f"{how}: depends on the number of threads")
+
+
+def _check_gate(kernels: Kernels, g: Tensor, u: Tensor, dout: Tensor) -> None:
+    exact = _gated(g.double(), u.double(), dout.double())
+    theirs = _gated(g, u, dout)
+    # As one layer for both makes them: halves of a tensor.
+    g, u = torch.cat([g, u], dim=1).chunk(2, dim=1)
+    found = []
+    for threads in (1, 2):
+        out, dg, du = torch.empty_like(dout), dout.clone(), torch.empty_like(dout)
+        with _torch_threads(threads):
+            kernels.gate(g, u, out)
+            kernels.gate_backward(dg, g, u, dg, du)
+        found.append((out, dg, du))
+    names = ("gate", "gate_backward: dg", "gate_backward: du")
+    for name, ours, others, right, again in zip(
+        names, found[0], theirs, exact, found[1], strict=True
+    ):
+        _ensure_close(ours, others, right, name)
+        ensure(torch.equal(ours, again), f"{name}: depends on the number of threads")
+
+
+def _gated(g: Tensor, u: Tensor, dout: Tensor) -> tuple[Tensor, ...]:
+    """silu(g) u, and the gradients of g and u."""
+    inputs = [x.clone().requires_grad_() for x in (g, u)]
+    out = F.silu(inputs[0]) * inputs[1]
+    return (out.detach(), *torch.autograd.grad(out, inputs, dout))
+
+
+def _check_attention(kernels: Kernels, q: Tensor, k: Tensor, v: Tensor) -> None:
+    scale = 0.2
+    dout = torch.randn_like(q)
+    exact = _attention(q.double(), k.double(), v.double(), dout.double(), scale)
+    theirs = _attention(q, k, v, dout, scale)
+    found = []
+    for threads in (1, 2):
+        with _torch_threads(threads):
+            out = torch.empty_like(q)
+            kept = kernels.attend(q, k, v, scale, out)
+            into = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+            kernels.attend_backward(dout, q, k, v, out, kept, scale, into)
+        found.append((out, *into))
+    names = ("attend", *(f"attend_backward: d{name}" for name in "qkv"))
+    for name, ours, others, right, again in zip(
+        names, found[0], theirs, exact, found[1], strict=True
+    ):
+        _ensure_close(ours, others, right, f"{name}, {len(q)} tokens")
+        ensure(torch.equal(ours, again), f"{name}: depends on the number of threads")
+
+
+def _attention(q: Tensor, k: Tensor, v: Tensor, dout: Tensor, scale: float) -> tuple[Tensor, ...]:
+    """The result `[T, H, Dh]` and the gradients of q, k and v, by plain autograd."""
+    inputs = [x.clone().requires_grad_() for x in (q, k, v)]
+    shared = q.shape[1] // k.shape[1]
+    queries, keys, values = (x.transpose(0, 1) for x in inputs)
+    keys, values = (x.repeat_interleave(shared, dim=0) for x in (keys, values))
+    hidden = torch.ones(len(q), len(q), dtype=torch.bool).triu_(1)
+    scores = (scale * queries @ keys.transpose(1, 2)).masked_fill(hidden, float("-inf"))
+    out = (scores.softmax(dim=-1) @ values).transpose(0, 1)
+    return (out.detach(), *torch.autograd.grad(out, inputs, dout))
+
+
+def _ensure_close(ours: Tensor, theirs: Tensor, exact: Tensor, what: str) -> None:
+    error = float((ours - exact).norm() / exact.norm().clamp_min(1e-30))
+    usual = float((theirs - exact).norm() / exact.norm().clamp_min(1e-30))
+    ensure(
+        error <= SLACK * usual + 1e-7,
+        f"{what}: an error of {error:.1e} where torch's fp32 has {usual:.1e}",
+    )
+
+
+@contextmanager
+def _torch_threads(count: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

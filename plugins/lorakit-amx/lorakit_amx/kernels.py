@@ -1,0 +1,130 @@
+"""The kernels of `native/` for torch's tensors."""
+
+from __future__ import annotations
+
+import ctypes
+from functools import cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from lorakit_amx import _kernels
+
+FEWEST_ROWS = 64
+"""Rows from which on a product is faster than MKL's."""
+NARROWEST = 64
+"""Width of a weight from which on it is."""
+
+SHORTEST = 32
+"""Tokens of a document from which on attention is faster than torch's."""
+HEAD_DIMS = range(32, 257, 32)
+
+
+class AMXKernels:
+    """See `lorakit.protocols.Kernels`."""
+
+    def multiplies(self, rows: int, weight: Tensor) -> bool:
+        if weight.dtype == torch.bfloat16:
+            # Others would have to widen it first.
+            return True
+        worthwhile = rows >= FEWEST_ROWS and min(weight.shape) >= NARROWEST
+        return worthwhile and weight.dtype == torch.float32
+
+    def multiply(
+        self, out: Tensor, x: Tensor, weight: Tensor, *, transposed: bool, add: bool
+    ) -> None:
+        rows, inner = x.shape
+        _kernels.multiply(
+            out.data_ptr(),
+            out.stride(0),
+            x.data_ptr(),
+            x.stride(0),
+            weight.data_ptr(),
+            weight.stride(0),
+            weight.dtype == torch.bfloat16,
+            transposed,
+            rows,
+            out.shape[1],
+            inner,
+            add,
+            *_threads(),
+        )
+
+    def gates(self, g: Tensor) -> bool:
+        return True
+
+    def gate(self, g: Tensor, u: Tensor, out: Tensor) -> None:
+        _kernels.gate(*_places(out, g, u), *out.shape, *_threads())
+
+    def gate_backward(self, dout: Tensor, g: Tensor, u: Tensor, dg: Tensor, du: Tensor) -> None:
+        _kernels.gate_backward(*_places(dg, du, dout, g, u), *g.shape, *_threads())
+
+    def attends(self, q: Tensor, k: Tensor) -> bool:
+        return len(q) >= SHORTEST and q.shape[-1] in HEAD_DIMS
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, scale: float, out: Tensor) -> Tensor:
+        q, k, v = map(_heads_together, (q, k, v))
+        normalizer = q.new_empty(q.shape[1], len(q))
+        _kernels.attend(
+            *(x.data_ptr() for x in (q, k, v, out, normalizer)),
+            *_sizes(q, k),
+            *(x.stride(0) for x in (q, k, v)),
+            scale,
+            *_threads(),
+        )
+        return normalizer
+
+    def attend_backward(
+        self,
+        dout: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor,
+        kept: Tensor,
+        scale: float,
+        into: tuple[Tensor, Tensor, Tensor],
+    ) -> None:
+        dout, q, k, v = map(_heads_together, (dout, q, k, v))
+        _kernels.attend_backward(
+            *(x.data_ptr() for x in (dout, q, k, v, out.contiguous(), kept, *into)),
+            *_sizes(q, k),
+            *(x.stride(0) for x in (dout, q, k, v)),
+            scale,
+            *_threads(),
+        )
+
+
+def _places(*tensors: Tensor) -> tuple[int, ...]:
+    """Where each is, and how far apart its rows are."""
+    return tuple(n for x in tensors for n in (x.data_ptr(), x.stride(0)))
+
+
+def _sizes(q: Tensor, k: Tensor) -> tuple[int, int, int, int]:
+    tokens, heads, head_dim = q.shape
+    return tokens, heads, k.shape[1], head_dim
+
+
+def _heads_together(x: Tensor) -> Tensor:
+    """`[T, H, Dh]` with a token's heads one after the other."""
+    _, head, number = x.stride()
+    return x if number == 1 and head == x.shape[-1] else x.contiguous()
+
+
+def _threads() -> tuple[int, int]:
+    """How many, and where the function is that runs another in so many; 0 where there is none."""
+    parallel = _parallel()
+    return (torch.get_num_threads() if parallel else 1), parallel
+
+
+@cache
+def _parallel() -> int:
+    """The address of GOMP_parallel in the OpenMP library that torch has loaded: so its threads are
+    used, and not others that would take the cores from them."""
+    library = Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"
+    try:
+        function = ctypes.CDLL(str(library)).GOMP_parallel
+    except (OSError, AttributeError):
+        return 0
+    return ctypes.cast(function, ctypes.c_void_p).value or 0

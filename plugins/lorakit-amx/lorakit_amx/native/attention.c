@@ -1,0 +1,318 @@
+/* The forward pass of attention, and what the backward pass shares with it: see attention.h. */
+#include "attention_task.h"
+
+#if LORAKIT_HAS_AMX
+
+/* Memory that the last call left for the next: new pages from the system take long. */
+static _Atomic(char *) spare;
+
+/* Starts with its size. */
+char *attention_memory(size_t bytes) {
+  char *memory = atomic_exchange(&spare, NULL);
+  if (memory && *(size_t *)memory >= bytes + 64)
+    return memory;
+  free(memory);
+  memory = aligned_alloc(64, bytes + 64);
+  if (memory)
+    *(size_t *)memory = bytes + 64;
+  return memory;
+}
+
+void attention_memory_done(char *memory) {
+  free(atomic_exchange(&spare, memory));
+}
+
+void run_items(struct task *task, void (*fn)(void *), int threads, parallel_fn parallel) {
+  atomic_store(&task->next, 0);
+  atomic_store(&task->threads_begun, 0);
+  if (threads > 1)
+    parallel(fn, task, (unsigned)threads, 0);
+  else
+    fn(task);
+}
+
+AMX void attention_pack_keys(void *data) {
+  struct task *task = data;
+  for (long item; (item = atomic_fetch_add(&task->next, 1)) < task->kv_heads * task->blocks;) {
+    long head = item / task->blocks, row = item % task->blocks * SIDE;
+    for (long c = 0; c < task->columns; c++) {
+      const float *k = task->k + row * task->k_stride + head * task->head_dim + c * SIDE;
+      const float *v = task->v + row * task->v_stride + head * task->head_dim + c * SIDE;
+      long rows = task->tokens - row, to = (item * task->columns + c) * BLOCK;
+      pack_block(k, task->k_stride, rows, LEFT, task->k_left + to);
+      pack_block(v, task->v_stride, rows, task->dout ? LEFT : LEFT_TRANSPOSED, task->v_left + to);
+      if (task->dout)
+        pack_block(k, task->k_stride, rows, LEFT_TRANSPOSED, task->k_left_transposed + to);
+    }
+  }
+}
+
+/* Of 32 queries: over the keys so far, the maximum of the scores or a little less, and the sum of
+ * exponentials. */
+struct state {
+  __m512 maximum[2], sum[2];
+};
+
+/* The exponentials of scores, as right factors, and their sum. */
+struct exponentials {
+  struct work work;
+  const float *scores;
+  bf16 *weights;
+  __m512 factor, offset[2], sum[2];
+};
+
+AMX_INLINE void exponentials_step(struct work *work) {
+  struct exponentials *own = (struct exponentials *)work;
+  for (int half = 0; half < 2; half++) {
+    const float *row = own->scores + 16 * half;
+    __m512 x = _mm512_fmsub_ps(_mm512_load_ps(row), own->factor, own->offset[half]);
+    __m512 y = _mm512_fmsub_ps(_mm512_load_ps(row + AREA / 2), own->factor, own->offset[half]);
+    x = power_of_2(x);
+    y = power_of_2(y);
+    own->sum[half] = _mm512_add_ps(own->sum[half], _mm512_add_ps(x, y));
+    split(x, y, own->weights + half * TILE);
+  }
+  own->scores += SIDE;
+  own->weights += SIDE;
+  if (work->left % 16 == 0) {
+    own->scores += AREA / 2;
+    own->weights += BLOCK - TILE;
+  }
+}
+
+/* Some blocks of keys, for a block of queries of the group. */
+struct chunk {
+  long key, count, query;
+  struct exponentials exponentials;
+  float *scores; /* [WIDTH][AREA] */
+  bf16 *weights; /* [WIDTH][BLOCK] */
+};
+
+/* A thread's memory. */
+struct forward {
+  const bf16 *k, *v;      /* of the head */
+  bf16 *q;                /* [WIDTH][column][BLOCK] */
+  float *out;             /* [WIDTH][column][AREA], transposed */
+  struct state *state;    /* [WIDTH] */
+  struct chunk chunks[3]; /* at their three stages: see attend_group */
+};
+
+static struct forward forward_memory(char **from, long columns) {
+  struct forward memory = {0};
+  memory.q = take(from, WIDTH * columns * BLOCK * sizeof(bf16));
+  memory.out = take(from, WIDTH * columns * AREA * sizeof(float));
+  memory.state = take(from, WIDTH * sizeof(struct state));
+  for (int i = 0; i < 3; i++) {
+    memory.chunks[i].scores = take(from, WIDTH * AREA * sizeof(float));
+    memory.chunks[i].weights = take(from, WIDTH * BLOCK * sizeof(bf16));
+  }
+  return memory;
+}
+
+/* Raises the maximum, if new scores are so far above it that exponentials might overflow: seldom,
+ * for then what was summed up must be scaled. */
+AMX_INLINE void raise_maximum(struct state *state, const float *scores, long count, __m512 factor,
+                              float *out, long columns) {
+  __m512 seen[2] = {state->maximum[0], state->maximum[1]};
+  for (long i = 0; i < count * SIDE; i++)
+    for (int half = 0; half < 2; half++)
+      seen[half] = _mm512_max_ps(seen[half], _mm512_load_ps(scores + SIDE * i + 16 * half));
+  for (int half = 0; half < 2; half++) {
+    __m512 rise = _mm512_mul_ps(_mm512_sub_ps(seen[half], state->maximum[half]), factor);
+    if (!_mm512_cmp_ps_mask(rise, _mm512_set1_ps(20.0f), _CMP_GT_OQ))
+      continue;
+    __m512 shrink = power_of_2(_mm512_sub_ps(_mm512_setzero_ps(), rise));
+    state->maximum[half] = seen[half];
+    state->sum[half] = _mm512_mul_ps(state->sum[half], shrink);
+    for (long i = 0; i < columns * SIDE; i++) {
+      float *row = out + SIDE * i + 16 * half;
+      _mm512_store_ps(row, _mm512_mul_ps(_mm512_load_ps(row), shrink));
+    }
+  }
+}
+
+/* Once, not in each place: the steps make it long. */
+AMX static void multiply_and_exponentiate(const bf16 *a, long a_step, const bf16 *b, long b_step,
+                                          long count, float *c, int add, struct work *work) {
+  multiply(a, a_step, b, b_step, count, c, add, work, exponentials_step);
+}
+
+/* First stage: scores. */
+AMX_INLINE void begin_chunk(struct task *task, struct forward *memory, struct chunk *chunk,
+                            int diagonal, struct work *work) {
+  const long packed = task->columns * BLOCK;
+  for (long i = 0; i < chunk->count; i++)
+    multiply_and_exponentiate(memory->k + (chunk->key + i) * packed, BLOCK,
+                              memory->q + chunk->query * packed, BLOCK, task->columns,
+                              chunk->scores + i * AREA, 0, work);
+  if (diagonal)
+    mask_diagonal(chunk->scores + (chunk->count - 1) * AREA, -1e30f);
+}
+
+/* Second stage: exponentials. */
+AMX_INLINE void plan_exponentials(struct task *task, struct forward *memory, struct chunk *chunk) {
+  struct state *state = memory->state + chunk->query;
+  __m512 factor = _mm512_set1_ps(LOG2_E);
+  raise_maximum(state, chunk->scores, chunk->count, factor,
+                memory->out + chunk->query * task->columns * AREA, task->columns);
+  chunk->exponentials = (struct exponentials){
+      .work = {.left = 16 * chunk->count, .interval = 12 * task->columns},
+      .scores = chunk->scores,
+      .weights = chunk->weights,
+      .factor = factor,
+      .offset = {_mm512_mul_ps(state->maximum[0], factor),
+                 _mm512_mul_ps(state->maximum[1], factor)},
+  };
+}
+
+AMX_INLINE void finish_exponentials(struct forward *memory, struct chunk *chunk) {
+  finish_work(&chunk->exponentials.work, exponentials_step);
+  struct state *state = memory->state + chunk->query;
+  for (int half = 0; half < 2; half++)
+    state->sum[half] = _mm512_add_ps(state->sum[half], chunk->exponentials.sum[half]);
+}
+
+/* Third stage: adds the values of a chunk's keys, weighted. */
+AMX_INLINE void finish_chunk(struct task *task, struct forward *memory, struct chunk *chunk,
+                             struct work *work) {
+  const long columns = task->columns;
+  float *out = memory->out + chunk->query * columns * AREA;
+  for (long c = 0; chunk->count > 0 && c < columns; c++)
+    multiply_and_exponentiate(memory->v + (chunk->key * columns + c) * BLOCK, columns * BLOCK,
+                              chunk->weights, BLOCK, chunk->count, out + c * AREA, 1, work);
+  chunk->count = 0;
+}
+
+/* Results of 32 queries, to their rows of `out`. */
+AMX static void finish_queries(struct task *task, long head, long block, const float *sums,
+                               struct state *state) {
+  float offset[SIDE], sum[SIDE];
+  __m512 inverse[2];
+  long there = smaller(SIDE, task->tokens - block * SIDE);
+  for (int half = 0; half < 2; half++) {
+    inverse[half] = _mm512_div_ps(_mm512_set1_ps(1.0f), state->sum[half]);
+    _mm512_storeu_ps(offset + 16 * half,
+                     _mm512_mul_ps(state->maximum[half], _mm512_set1_ps(LOG2_E)));
+    _mm512_storeu_ps(sum + 16 * half, state->sum[half]);
+  }
+  float *normalizer = task->normalizer + head * task->tokens + block * SIDE;
+  for (long i = 0; i < there; i++)
+    normalizer[i] = (float)(offset[i] / (double)LOG2_E + logf(sum[i]));
+  long stride = task->heads * task->head_dim;
+  float *out = task->out + block * SIDE * stride + head * task->head_dim;
+  for (long column = 0; column < 2 * task->columns; column++)
+    for (int half = 0; half < 2; half++) {
+      __m512 rows[16];
+      load_rows(sums + column * AREA / 2 + 16 * half, SIDE, 16, rows);
+      for (int i = 0; i < 16; i++)
+        rows[i] = _mm512_mul_ps(rows[i], inverse[half]);
+      transpose((__m512i *)rows);
+      for (int i = 0; i < 16 && 16 * half + i < there; i++)
+        _mm512_storeu_ps(out + (16 * half + i) * stride + 16 * column, rows[i]);
+    }
+}
+
+AMX static void pack_queries(struct task *task, struct forward *memory, long head, long block,
+                             long at) {
+  const float *q = task->q + block * SIDE * task->q_stride + head * task->head_dim;
+  for (long c = 0; c < task->columns; c++)
+    pack_scaled(q + c * SIDE, task->q_stride, task->tokens - block * SIDE, RIGHT_TRANSPOSED,
+                task->scale, memory->q + (at * task->columns + c) * BLOCK);
+  struct state *state = memory->state + at;
+  for (int half = 0; half < 2; half++) {
+    state->maximum[half] = _mm512_set1_ps(-1e30f);
+    state->sum[half] = _mm512_setzero_ps();
+  }
+}
+
+/* Attention of a group of queries of one head. */
+AMX static void attend_group(struct task *task, struct forward *memory, long head, long group) {
+  const long columns = task->columns, packed = columns * BLOCK, first = group * WIDTH;
+  const long count = smaller(WIDTH, task->blocks - first);
+  const long kv_head = head / (task->heads / task->kv_heads);
+  memory->k = task->k_left + kv_head * task->blocks * packed;
+  memory->v = task->v_left + kv_head * task->blocks * packed;
+  memset(memory->out, 0, WIDTH * columns * AREA * sizeof(float));
+  for (long i = 0; i < count; i++)
+    pack_queries(task, memory, head, first + i, i);
+  /* Three chunks at a time: while the tile unit multiplies for the first and the third, the vector
+   * units compute the exponentials of the second. */
+  struct chunk *next = memory->chunks, *current = next + 1, *last = next + 2;
+  for (int i = 0; i < 3; i++) {
+    memory->chunks[i].count = 0;
+    memory->chunks[i].exponentials.work = (struct work){.left = 0, .interval = 16};
+  }
+  for (long key = 0; key < first + count; key += WIDTH)
+    for (long i = 0; i < count; i++) {
+      struct work *work = &current->exponentials.work;
+      next->key = key;
+      next->query = i;
+      next->count = smaller(WIDTH, first + i + 1 - key);
+      begin_chunk(task, memory, next, key + next->count == first + i + 1, work);
+      finish_chunk(task, memory, last, work);
+      if (current->count)
+        finish_exponentials(memory, current);
+      /* The sums of these queries may be scaled now: nothing of the old scale may follow. */
+      if (current->query == i)
+        finish_chunk(task, memory, current, &next->exponentials.work);
+      plan_exponentials(task, memory, next);
+      struct chunk *free = last;
+      last = current;
+      current = next;
+      next = free;
+    }
+  finish_chunk(task, memory, last, &current->exponentials.work);
+  finish_exponentials(memory, current);
+  finish_chunk(task, memory, current, &current->exponentials.work);
+  for (long i = 0; i < count; i++)
+    finish_queries(task, head, first + i, memory->out + i * columns * AREA, memory->state + i);
+}
+
+AMX static void attend_items(void *data) {
+  struct task *task = data;
+  char *own = task->scratch + atomic_fetch_add(&task->threads_begun, 1) * task->scratch_size;
+  struct forward memory = forward_memory(&own, task->columns);
+  configure_tiles();
+  for (long item; (item = atomic_fetch_add(&task->next, 1)) < task->heads * task->groups;)
+    /* Those with most keys first, for the threads to end at about the same time. */
+    attend_group(task, &memory, item % task->heads, task->groups - 1 - item / task->heads);
+  _tile_release();
+}
+
+/* The size of a thread's memory. */
+static size_t forward_size(long columns) {
+  char *end = NULL;
+  forward_memory(&end, columns);
+  return (size_t)end;
+}
+
+/* out = softmax(scale q k^T) v, each token seeing those up to itself.  q, out: [token][head][dim];
+ * k, v: [token][kv head][dim]; their tokens are strides apart, but those of `out` lie densely.
+ * Query head h sees kv head h / (heads / kv_heads); head_dim is a multiple of 32.  normalizer:
+ * [head][token], the logarithm of the sum of exponentials, for the backward pass.  `parallel` is
+ * libgomp's GOMP_parallel.  Results do not depend on the threads.  Nonzero: out of memory. */
+int attend(const float *q, const float *k, const float *v, float *out, float *normalizer,
+           long tokens, long heads, long kv_heads, long head_dim, long q_stride, long k_stride,
+           long v_stride, float scale, int threads, parallel_fn parallel) {
+  struct task task = {
+      .q = q, .k = k, .v = v, .out = out, .normalizer = normalizer, .tokens = tokens,
+      .heads = heads, .kv_heads = kv_heads, .head_dim = head_dim, .q_stride = q_stride,
+      .k_stride = k_stride, .v_stride = v_stride, .scale = scale,
+      .blocks = divided_up(tokens, SIDE), .columns = head_dim / SIDE,
+      .groups = divided_up(tokens, WIDTH * SIDE), .scratch_size = forward_size(head_dim / SIDE),
+  };
+  size_t packed = (size_t)(kv_heads * task.blocks * task.columns * BLOCK) * sizeof(bf16);
+  char *memory = attention_memory(2 * packed + (size_t)threads * task.scratch_size);
+  if (!memory)
+    return 1;
+  char *from = memory + 64;
+  task.k_left = take(&from, packed);
+  task.v_left = take(&from, packed);
+  task.scratch = from;
+  run_items(&task, attention_pack_keys, threads, parallel);
+  run_items(&task, attend_items, threads, parallel);
+  attention_memory_done(memory);
+  return 0;
+}
+
+#endif

@@ -1,0 +1,380 @@
+/* The backward pass of attention: see attention.h. */
+#include "attention_task.h"
+
+#if LORAKIT_HAS_AMX
+
+/* Memory to bring into the cache before it is needed, some bytes with every step of some work. */
+struct fetch {
+  const char *next;
+  long bytes;
+};
+
+/* What there is for a block of keys, within WIDTH times 16 steps. */
+static struct fetch fetch_row(const void *from, size_t bytes) {
+  return (struct fetch){from, (long)bytes / (16 * WIDTH)};
+}
+
+AMX_INLINE void fetch_some(struct fetch *fetch) {
+  for (long at = 0; at < fetch->bytes; at += 64)
+    _mm_prefetch(fetch->next + at, _MM_HINT_T1);
+  fetch->next += fetch->bytes;
+}
+
+/* Weights exp(score - normalizer) of a row of blocks, as left factors, and the gradients of their
+ * scores: weight (dweight - delta). */
+struct gradients {
+  struct work work;
+  const float *scores;
+  float *dweights; /* becomes the gradients of scores */
+  bf16 *weights;
+  const float *normalizer, *delta;
+  struct fetch fetches[5];
+};
+
+AMX_INLINE void gradients_step(struct work *work) {
+  struct gradients *own = (struct gradients *)work;
+  for (int i = 0; i < 5; i++)
+    fetch_some(&own->fetches[i]);
+  for (int row = 0; row < 2; row++) {
+    __m512 weights[2];
+    for (int half = 0; half < 2; half++) {
+      __m512 score = _mm512_load_ps(own->scores + row * AREA / 2 + 16 * half);
+      float *dweight = own->dweights + row * AREA / 2 + 16 * half;
+      /* Exact near the normalizer, where the weight is large. */
+      __m512 logarithm = _mm512_sub_ps(score, _mm512_load_ps(own->normalizer + 16 * half));
+      weights[half] = power_of_2(_mm512_mul_ps(logarithm, _mm512_set1_ps(LOG2_E)));
+      __m512 delta = _mm512_load_ps(own->delta + 16 * half);
+      __m512 excess = _mm512_sub_ps(_mm512_load_ps(dweight), delta);
+      _mm512_store_ps(dweight, _mm512_mul_ps(weights[half], excess));
+    }
+    split(weights[0], weights[1], own->weights + row * TILE);
+  }
+  own->scores += SIDE;
+  own->dweights += SIDE;
+  own->weights += SIDE;
+  if (work->left % 16 == 0) {
+    own->scores += AREA / 2;
+    own->dweights += AREA / 2;
+    own->weights += BLOCK - TILE;
+    own->normalizer += SIDE;
+    own->delta += SIDE;
+  }
+}
+
+/* Gradients of scores of a group, as factors. */
+struct splitting {
+  struct work work;
+  const float *from;
+  bf16 *left, *right;
+  long key, query, query_count; /* the block */
+  int diagonal;                 /* whether the group is: without queries that come before keys */
+};
+
+AMX_INLINE void splitting_step(struct work *work) {
+  struct splitting *own = (struct splitting *)work;
+  long i = 15 - work->left % 16, at = own->key * WIDTH + own->query;
+  const float *from = own->from + at * AREA + i * SIDE;
+  __m512 rows[2][2] = {
+      {_mm512_load_ps(from), _mm512_load_ps(from + 16)},
+      {_mm512_load_ps(from + AREA / 2), _mm512_load_ps(from + AREA / 2 + 16)},
+  };
+  bf16 *left = own->left + at * BLOCK + i * SIDE;
+  bf16 *right = own->right + (own->query * WIDTH + own->key) * BLOCK + i * SIDE;
+  for (int n = 0; n < BLOCK / TILE; n++) { /* where later rows go */
+    __builtin_prefetch(left + n * TILE + 4 * SIDE, 1);
+    __builtin_prefetch(right + n * TILE + 4 * SIDE, 1);
+  }
+  split_rows(rows, left, right);
+  if (i == 15 && ++own->query == own->query_count) {
+    own->key++;
+    own->query = own->diagonal ? own->key : 0;
+  }
+}
+
+/* A thread's memory: a group of queries and what is computed of it and a group of keys. */
+struct backward {
+  bf16 *q_right, *q_transposed, *dout_right, *dout_transposed; /* [query block][column][BLOCK] */
+  float *dq;                                                   /* [query block][column][AREA] */
+  float *normalizer, *delta;                                   /* [query block][SIDE] */
+  float *scores[2];                                            /* [query block][AREA] */
+  float *dscores;                                              /* [key block][query block][AREA] */
+  bf16 *weights_left, *dscores_left; /* [key block][query block][BLOCK] */
+  bf16 *dscores_right;               /* [query block][key block][BLOCK] */
+};
+
+static struct backward backward_memory(char **from, long columns) {
+  const size_t packed = (size_t)(WIDTH * columns * BLOCK) * sizeof(bf16);
+  const size_t group = WIDTH * WIDTH * BLOCK * sizeof(bf16), block = AREA * sizeof(float);
+  struct backward memory;
+  memory.q_right = take(from, packed);
+  memory.q_transposed = take(from, packed);
+  memory.dout_right = take(from, packed);
+  memory.dout_transposed = take(from, packed);
+  memory.dq = take(from, (size_t)(WIDTH * columns) * block);
+  memory.normalizer = take(from, WIDTH * SIDE * sizeof(float));
+  memory.delta = take(from, WIDTH * SIDE * sizeof(float));
+  memory.scores[0] = take(from, WIDTH * block);
+  memory.scores[1] = take(from, WIDTH * block);
+  memory.dscores = take(from, WIDTH * WIDTH * block);
+  memory.weights_left = take(from, group);
+  memory.dscores_left = take(from, group);
+  memory.dscores_right = take(from, group);
+  return memory;
+}
+
+/* Packs a block of queries and of gradients. */
+AMX static void pack_gradients(struct task *task, struct backward *memory, long head, long block,
+                               long at) {
+  const long row = block * SIDE, there = task->tokens - row, offset = head * task->head_dim;
+  const long out_stride = task->heads * task->head_dim;
+  const float *q = task->q + row * task->q_stride + offset;
+  const float *dout = task->dout + row * task->dout_stride + offset;
+  const float *out = task->result + row * out_stride + offset;
+  for (long c = 0; c < task->columns; c++) {
+    const long to = (at * task->columns + c) * BLOCK, from = c * SIDE;
+    pack_block(q + from, task->q_stride, there, RIGHT, memory->q_right + to);
+    pack_scaled(q + from, task->q_stride, there, RIGHT_TRANSPOSED, task->scale,
+                memory->q_transposed + to);
+    pack_block(dout + from, task->dout_stride, there, RIGHT, memory->dout_right + to);
+    pack_block(dout + from, task->dout_stride, there, RIGHT_TRANSPOSED,
+               memory->dout_transposed + to);
+  }
+  for (long i = 0; i < SIDE; i++) {
+    __m512 sum = _mm512_setzero_ps();
+    for (long j = 0; i < there && j < task->head_dim; j += 16)
+      sum = _mm512_fmadd_ps(_mm512_loadu_ps(dout + i * task->dout_stride + j),
+                            _mm512_loadu_ps(out + i * out_stride + j), sum);
+    memory->delta[at * SIDE + i] = _mm512_reduce_add_ps(sum);
+    memory->normalizer[at * SIDE + i] =
+        i < there ? task->known_normalizer[head * task->tokens + row + i] : 0;
+  }
+}
+
+AMX static void multiply_and_weigh(const bf16 *a, const bf16 *b, long count, float *c,
+                                   struct work *work) {
+  multiply(a, BLOCK, b, BLOCK, count, c, 0, work, gradients_step);
+}
+
+AMX static void multiply_and_split(const bf16 *a, long a_step, const bf16 *b, long b_step,
+                                   long count, float *c, int add, struct work *work) {
+  multiply(a, a_step, b, b_step, count, c, add, work, splitting_step);
+}
+
+/* A group of keys, and what each of its keys gets from queries. */
+struct keys {
+  const bf16 *k, *k_transposed, *v;
+  float *dk, *dv;
+  long count;
+};
+
+/* Weights and gradients of scores, of a group of keys and a group of queries. */
+AMX static void weigh_group(struct task *task, struct backward *memory, const struct keys *keys,
+                            long queries, int diagonal) {
+  const long columns = task->columns, packed = columns * BLOCK;
+  struct gradients pending = {.work = {.interval = 12 * columns}};
+  for (long i = 0; i < keys->count; i++) {
+    const long start = diagonal ? i : 0, at = i * WIDTH + start;
+    float *scores = memory->scores[i % 2] + start * AREA, *dweights = memory->dscores + at * AREA;
+    /* The products for these blocks, while the previous row is worked at. */
+    for (long j = start; j < queries; j++)
+      multiply_and_weigh(keys->k + i * packed, memory->q_transposed + j * packed, columns,
+                         scores + (j - start) * AREA, &pending.work);
+    for (long j = start; j < queries; j++)
+      multiply_and_weigh(keys->v + i * packed, memory->dout_transposed + j * packed, columns,
+                         dweights + (j - start) * AREA, &pending.work);
+    finish_work(&pending.work, gradients_step);
+    if (diagonal)
+      mask_diagonal(scores, -1e30f);
+    pending = (struct gradients){
+        .work = {.left = 16 * (queries - start), .interval = 12 * columns},
+        .scores = scores,
+        .dweights = dweights,
+        .weights = memory->weights_left + at * BLOCK,
+        .normalizer = memory->normalizer + start * SIDE,
+        .delta = memory->delta + start * SIDE,
+    };
+    if (!diagonal) {
+      /* A part of the next group of keys. */
+      const long next = i + WIDTH;
+      struct fetch *fetches = pending.fetches;
+      fetches[0] = fetch_row(keys->k + next * packed, packed * sizeof(bf16));
+      fetches[1] = fetch_row(keys->k_transposed + next * packed, packed * sizeof(bf16));
+      fetches[2] = fetch_row(keys->v + next * packed, packed * sizeof(bf16));
+      fetches[3] = fetch_row(keys->dk + next * columns * AREA, columns * AREA * sizeof(float));
+      fetches[4] = fetch_row(keys->dv + next * columns * AREA, columns * AREA * sizeof(float));
+    }
+  }
+  finish_work(&pending.work, gradients_step);
+}
+
+/* Adds what a group of keys and a group of queries get from each other. */
+AMX static void add_gradients(struct task *task, struct backward *memory, const struct keys *keys,
+                              long queries, int diagonal, int first_queries, int first_keys) {
+  const long columns = task->columns, packed = columns * BLOCK;
+  long blocks = diagonal ? queries * (queries + 1) / 2 : queries * keys->count;
+  struct splitting splitting = {
+      .work = {.left = 16 * blocks, .interval = 6 * columns},
+      .from = memory->dscores,
+      .left = memory->dscores_left,
+      .right = memory->dscores_right,
+      .query_count = queries,
+      .diagonal = diagonal,
+  };
+  for (long c = 0; c < columns; c++)
+    for (long i = 0; i < keys->count; i++) {
+      const long j = diagonal ? i : 0;
+      multiply_and_split(memory->weights_left + (i * WIDTH + j) * BLOCK, BLOCK,
+                         memory->dout_right + j * packed + c * BLOCK, packed, queries - j,
+                         keys->dv + (i * columns + c) * AREA, !first_queries, &splitting.work);
+    }
+  finish_work(&splitting.work, splitting_step);
+  for (long c = 0; c < columns; c++)
+    for (long i = 0; i < keys->count; i++) {
+      const long j = diagonal ? i : 0;
+      multiply(memory->dscores_left + (i * WIDTH + j) * BLOCK, BLOCK,
+               memory->q_right + j * packed + c * BLOCK, packed, queries - j,
+               keys->dk + (i * columns + c) * AREA, !first_queries, NULL, NULL);
+    }
+  for (long j = 0; j < queries; j++)
+    for (long c = 0; c < columns; c++)
+      multiply(keys->k_transposed + c * BLOCK, packed, memory->dscores_right + j * WIDTH * BLOCK,
+               BLOCK, diagonal ? j + 1 : keys->count, memory->dq + (j * columns + c) * AREA,
+               !first_keys, NULL, NULL);
+}
+
+/* dq of 32 queries, from its transpose. */
+AMX static void write_dq(struct task *task, const float *from, long head, long block) {
+  const long stride = task->heads * task->head_dim;
+  float *to = task->dq + block * SIDE * stride + head * task->head_dim;
+  for (long column = 0; column < 2 * task->columns; column++)
+    for (int half = 0; half < 2; half++) {
+      __m512 rows[16];
+      load_rows(from + column * AREA / 2 + 16 * half, SIDE, 16, rows);
+      for (int i = 0; i < 16; i++)
+        rows[i] = _mm512_mul_ps(rows[i], _mm512_set1_ps(task->scale));
+      transpose((__m512i *)rows);
+      for (long i = 0; i < 16 && block * SIDE + 16 * half + i < task->tokens; i++)
+        _mm512_storeu_ps(to + (16 * half + i) * stride + 16 * column, rows[i]);
+    }
+}
+
+/* The first group of queries of a split.  All splits take about the same time: the later a query,
+ * the more keys it sees. */
+static long split_start(struct task *task, long split) {
+  return lround(task->groups * sqrt((double)split / task->splits));
+}
+
+/* Gradients of a group of queries of one head, and of the keys they see. */
+AMX static void backward_group(struct task *task, struct backward *memory, long head, long split,
+                               long group) {
+  const long columns = task->columns, packed = columns * BLOCK, first = group * WIDTH;
+  const long queries = smaller(WIDTH, task->blocks - first);
+  const long key_blocks = head / (task->heads / task->kv_heads) * task->blocks;
+  const long sum_blocks = (split * task->heads + head) * task->blocks;
+  for (long j = 0; j < queries; j++)
+    pack_gradients(task, memory, head, first + j, j);
+  for (long key = 0; key <= first; key += WIDTH) {
+    const struct keys keys = {
+        .k = task->k_left + (key_blocks + key) * packed,
+        .k_transposed = task->k_left_transposed + (key_blocks + key) * packed,
+        .v = task->v_left + (key_blocks + key) * packed,
+        .dk = task->dk_parts + (sum_blocks + key) * columns * AREA,
+        .dv = task->dv_parts + (sum_blocks + key) * columns * AREA,
+        .count = smaller(WIDTH, task->blocks - key),
+    };
+    weigh_group(task, memory, &keys, queries, key == first);
+    add_gradients(task, memory, &keys, queries, key == first,
+                  key == first || group == split_start(task, split), key == 0);
+  }
+  for (long j = 0; j < queries; j++)
+    write_dq(task, memory->dq + j * columns * AREA, head, first + j);
+}
+
+AMX static void backward_items(void *data) {
+  struct task *task = data;
+  char *own = task->scratch + atomic_fetch_add(&task->threads_begun, 1) * task->scratch_size;
+  struct backward memory = backward_memory(&own, task->columns);
+  configure_tiles();
+  for (long item; (item = atomic_fetch_add(&task->next, 1)) < task->heads * task->splits;) {
+    const long head = item % task->heads, split = task->splits - 1 - item / task->heads;
+    for (long i = split_start(task, split); i < split_start(task, split + 1); i++)
+      backward_group(task, &memory, head, split, i);
+  }
+  _tile_release();
+}
+
+/* dk or dv of 32 keys: the sum of those for each query head and split. */
+AMX_INLINE void sum_parts(struct task *task, const float *parts, long kv_head, long block,
+                          float scale, float *to) {
+  const long group = task->heads / task->kv_heads, stride = task->kv_heads * task->head_dim;
+  const long between = task->blocks * task->columns * AREA;
+  parts += kv_head * group * between + block * task->columns * AREA;
+  to += block * SIDE * stride + kv_head * task->head_dim;
+  long first = 0;
+  while (split_start(task, first + 1) * WIDTH <= block)
+    first++;
+  for (long i = 0; i < SIDE && block * SIDE + i < task->tokens; i++)
+    for (long j = 0; j < task->head_dim; j += 16) {
+      const float *from = parts + j / SIDE * AREA + i * SIDE + j % SIDE;
+      __m512 sum = _mm512_setzero_ps();
+      for (long split = first; split < task->splits; split++)
+        for (long n = 0; n < group; n++)
+          sum = _mm512_add_ps(sum, _mm512_load_ps(from + (split * task->heads + n) * between));
+      _mm512_storeu_ps(to + i * stride + j, _mm512_mul_ps(sum, _mm512_set1_ps(scale)));
+    }
+}
+
+AMX static void sum_items(void *data) {
+  struct task *task = data;
+  for (long item; (item = atomic_fetch_add(&task->next, 1)) < task->kv_heads * task->blocks;) {
+    const long head = item / task->blocks, block = item % task->blocks;
+    sum_parts(task, task->dk_parts, head, block, task->scale, task->dk);
+    sum_parts(task, task->dv_parts, head, block, 1, task->dv);
+  }
+}
+
+/* The size of a thread's memory. */
+static size_t backward_size(long columns) {
+  char *end = NULL;
+  backward_memory(&end, columns);
+  return (size_t)end;
+}
+
+/* The gradients of q, k and v, from that of `out`, and what `attend` had and gave.  out, dq, dk, dv
+ * lie densely. */
+int attend_backward(const float *dout, const float *q, const float *k, const float *v,
+                    const float *out, const float *normalizer, float *dq, float *dk, float *dv,
+                    long tokens, long heads, long kv_heads, long head_dim, long dout_stride,
+                    long q_stride, long k_stride, long v_stride, float scale, int threads,
+                    parallel_fn parallel) {
+  struct task task = {
+      .dout = dout, .q = q, .k = k, .v = v, .result = out, .known_normalizer = normalizer, .dq = dq,
+      .dk = dk, .dv = dv, .tokens = tokens, .heads = heads, .kv_heads = kv_heads,
+      .head_dim = head_dim, .dout_stride = dout_stride, .q_stride = q_stride,
+      .k_stride = k_stride, .v_stride = v_stride, .scale = scale,
+      .blocks = divided_up(tokens, SIDE), .columns = head_dim / SIDE,
+      .groups = divided_up(tokens, WIDTH * SIDE),
+      .scratch_size = backward_size(head_dim / SIDE),
+  };
+  task.splits = task.groups < 2 ? 1 : 2;
+  size_t packed = (size_t)(kv_heads * task.blocks * task.columns * BLOCK) * sizeof(bf16);
+  size_t sums = (size_t)(heads * task.blocks * task.columns * AREA) * sizeof(float);
+  char *memory = attention_memory(3 * packed + (size_t)(2 * task.splits) * sums +
+                         (size_t)threads * task.scratch_size);
+  if (!memory)
+    return 1;
+  char *from = memory + 64;
+  task.k_left = take(&from, packed);
+  task.k_left_transposed = take(&from, packed);
+  task.v_left = take(&from, packed);
+  task.dk_parts = take(&from, (size_t)task.splits * sums);
+  task.dv_parts = take(&from, (size_t)task.splits * sums);
+  task.scratch = from;
+  run_items(&task, attention_pack_keys, threads, parallel);
+  run_items(&task, backward_items, threads, parallel);
+  run_items(&task, sum_items, threads, parallel);
+  attention_memory_done(memory);
+  return 0;
+}
+
+#endif

@@ -1,0 +1,90 @@
+/* The gate of a feed-forward layer, silu(g) u with silu(g) = g / (1 + exp(-g)), and its gradients:
+   each number read once and written once, where operation by operation would go through memory two
+   and five times. */
+#include "gate.h"
+
+#if LORAKIT_HAS_AMX
+
+#include <stdatomic.h>
+
+enum { ROWS_AT_A_TIME = 16 };
+
+typedef struct {
+  float *first, *second;
+  const float *dout, *g, *u;
+  long first_stride, second_stride, dout_stride, g_stride, u_stride, rows, width;
+  atomic_long next;
+} work;
+
+AMX_INLINE __m512 sigmoid(__m512 x) {
+  const __m512 one = _mm512_set1_ps(1.0f);
+  const __m512 e = power_of_2(_mm512_mul_ps(x, _mm512_set1_ps(-LOG2_E)));
+  return _mm512_div_ps(one, _mm512_add_ps(one, e));
+}
+
+AMX static void gate_row(const work *all, long row) {
+  const float *g = all->g + row * all->g_stride, *u = all->u + row * all->u_stride;
+  float *out = all->first + row * all->first_stride;
+  for (long i = 0; i < all->width; i += 16) {
+    const long left = all->width - i;
+    const __mmask16 mask = left >= 16 ? 0xFFFF : (__mmask16)((1u << left) - 1);
+    const __m512 x = _mm512_maskz_loadu_ps(mask, g + i);
+    const __m512 y = _mm512_mul_ps(_mm512_mul_ps(x, sigmoid(x)), _mm512_maskz_loadu_ps(mask, u + i));
+    _mm512_mask_storeu_ps(out + i, mask, y);
+  }
+}
+
+/* With s = sigmoid(g): silu'(g) = s (1 + g (1 - s)). */
+AMX static void gate_row_backward(const work *all, long row) {
+  const __m512 one = _mm512_set1_ps(1.0f);
+  const float *g = all->g + row * all->g_stride, *u = all->u + row * all->u_stride;
+  const float *dout = all->dout + row * all->dout_stride;
+  float *dg = all->first + row * all->first_stride, *du = all->second + row * all->second_stride;
+  for (long i = 0; i < all->width; i += 16) {
+    const long left = all->width - i;
+    const __mmask16 mask = left >= 16 ? 0xFFFF : (__mmask16)((1u << left) - 1);
+    const __m512 x = _mm512_maskz_loadu_ps(mask, g + i), s = sigmoid(x);
+    const __m512 d = _mm512_maskz_loadu_ps(mask, dout + i);
+    const __m512 slope = _mm512_mul_ps(s, _mm512_fmadd_ps(x, _mm512_sub_ps(one, s), one));
+    const __m512 of_g = _mm512_mul_ps(_mm512_mul_ps(d, _mm512_maskz_loadu_ps(mask, u + i)), slope);
+    _mm512_mask_storeu_ps(du + i, mask, _mm512_mul_ps(d, _mm512_mul_ps(x, s)));
+    _mm512_mask_storeu_ps(dg + i, mask, of_g);
+  }
+}
+
+static void gate_rows(void *data) {
+  work *all = data;
+  for (long at; (at = atomic_fetch_add(&all->next, ROWS_AT_A_TIME)) < all->rows;) {
+    for (long row = at; row < smaller(at + ROWS_AT_A_TIME, all->rows); row++) {
+      if (all->dout)
+        gate_row_backward(all, row);
+      else
+        gate_row(all, row);
+    }
+  }
+}
+
+static void share_out(work *all, unsigned threads, parallel_fn parallel) {
+  if (threads > 1 && parallel)
+    parallel(gate_rows, all, threads, 0);
+  else
+    gate_rows(all);
+}
+
+void gate(float *out, long out_stride, const float *g, long g_stride, const float *u, long u_stride,
+          long rows, long width, unsigned threads, parallel_fn parallel) {
+  work all = {.first = out, .first_stride = out_stride, .g = g, .g_stride = g_stride,
+              .u = u, .u_stride = u_stride, .rows = rows, .width = width};
+  share_out(&all, threads, parallel);
+}
+
+void gate_backward(float *dg, long dg_stride, float *du, long du_stride, const float *dout,
+                   long dout_stride, const float *g, long g_stride, const float *u, long u_stride,
+                   long rows, long width, unsigned threads, parallel_fn parallel) {
+  work all = {.first = dg, .first_stride = dg_stride, .second = du, .second_stride = du_stride,
+              .dout = dout, .dout_stride = dout_stride, .g = g, .g_stride = g_stride,
+              .u = u, .u_stride = u_stride, .rows = rows, .width = width};
+  share_out(&all, threads, parallel);
+}
+
+#endif

@@ -1,0 +1,26 @@
+"""The kernels, in C; all else is in pyproject.toml.
+
+They are optional: where there is no C compiler the plugin installs all the same, and says that it
+cannot be used.
+"""
+
+from glob import glob
+
+from setuptools import Extension, setup
+
+NATIVE = "lorakit_amx/native"
+
+setup(
+    ext_modules=[
+        Extension(
+            "lorakit_amx._kernels",
+            sorted(glob(f"{NATIVE}/*.c")),
+            depends=sorted(glob(f"{NATIVE}/*.h")),
+            define_macros=[("Py_LIMITED_API", "0x030A0000")],
+            extra_compile_args=["-std=gnu11", "-O3", "-Wall", "-Wextra"],
+            py_limited_api=True,
+            optional=True,
+        )
+    ],
+    options={"bdist_wheel": {"py_limited_api": "cp310"}},
+)

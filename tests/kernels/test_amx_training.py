@@ -1,0 +1,89 @@
+"""A run on lorakit-amx: the same losses as on torch, repeated bit for bit."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+import lorakit
+from lorakit.protocols import Kernels
+from lorakit.testing import write_checkpoint
+
+CONFIG = {
+    "model_type": "llama",
+    "vocab_size": 320,
+    "hidden_size": 128,
+    "intermediate_size": 256,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 64,
+}
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Callable[..., str]:
+    write_checkpoint("llama", CONFIG, tmp_path / "model")
+    chats = [((f"{n} " * 90, "user"), ("no " * 80, "assistant")) for n in range(8)]
+    rows = [{"messages": [{"role": role, "content": text} for text, role in c]} for c in chats]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    (tmp_path / "recipes.toml").write_text(
+        f"""
+        [small]
+        output = "{tmp_path}/run"
+        model = {{name = "llama", path = "{tmp_path}/model"}}
+        data = {{name = "messages", path = "{tmp_path}/rows.jsonl"}}
+        precision = {{name = "fp32"}}
+        training = {{epochs = 2, batch_size = 2}}
+        checkpointer = {{save_merged = false}}
+        """,
+        encoding="utf-8",
+    )
+    return f"{tmp_path}/recipes.toml:small"
+
+
+def losses(run: Path) -> list[float]:
+    lines = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    return [json.loads(line)["loss"] for line in lines]
+
+
+@pytest.mark.usefixtures("amx")
+@pytest.mark.parametrize("quantization", ["", "nf4"])
+def test_the_same_losses_as_on_torch(recipe: str, tmp_path: Path, quantization: str) -> None:
+    changed = {"quantization.name": quantization} if quantization else {}
+    runs = {}
+    for name, kernels in (("torch", "torch"), ("amx", "amx"), ("again", "amx")):
+        overrides = {"training.kernels": kernels, **changed}
+        runs[name] = lorakit.train(recipe, overrides=overrides, output=tmp_path / name).output
+    assert losses(runs["amx"]) == pytest.approx(losses(runs["torch"]), rel=1e-5)
+    assert losses(runs["amx"]) == losses(runs["again"])
+    weights = [(runs[name] / "adapter" / "adapter_model.safetensors") for name in runs]
+    assert weights[1].read_bytes() == weights[2].read_bytes()
+    # Rounded otherwise somewhere: the kernels have been at work.
+    assert weights[0].read_bytes() != weights[1].read_bytes()
+
+
+def test_what_cannot_be_built_is_told() -> None:
+    """Without a compiler the plugin is there all the same, and says why it cannot be used."""
+    pytest.importorskip("lorakit_amx")
+    code = (
+        "import sys; sys.modules['lorakit_amx._kernels'] = None\n"
+        "import lorakit_amx; print(lorakit_amx.unusable())"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "not built, for want of a C compiler" in done.stdout
+
+
+def test_threads_of_torchs_own(amx: Kernels) -> None:
+    from lorakit_amx.kernels import _threads
+
+    threads, parallel = _threads()
+    if parallel == 0:
+        pytest.skip("this torch has another OpenMP library")
+    assert threads == torch.get_num_threads()
