@@ -22,7 +22,14 @@ def unusable() -> str | None:
 
 
 def load() -> Kernels:
-    """See `lorakit_amx.kernels.AMXKernels`."""
+    """See `lorakit_amx.kernels.AMXKernels`.
+
+    Raises:
+        RuntimeError: They cannot be used on this machine.
+    """
+    # Also asks Linux for the units: without, their first instruction would end the process.
+    if (reason := unusable()) is not None:
+        raise RuntimeError(reason)
     from lorakit_amx.kernels import AMXKernels
 
     return AMXKernels()
