@@ -34,8 +34,10 @@ def use_kernels(kernels: Kernels | None) -> None:
 
 
 def kernels_for(x: Tensor) -> Kernels | None:
-    """Those in use, if they know such tensors as x `[T, ...]`."""
-    if not _kernels or x.dtype != torch.float32 or not _is_there(x):
+    """Those in use, if they know such tensors as x `[T, ...]`; a compiler knows none of theirs."""
+    if not _kernels or torch.compiler.is_compiling():
+        return None
+    if x.dtype != torch.float32 or not _is_there(x):
         return None
     return _kernels[0]
 
