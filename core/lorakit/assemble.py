@@ -118,13 +118,14 @@ def assemble(
     for rows in (dataset, *([evaluated] if evaluated else [])):
         _check_ids(rows, int(base.causal_lm.lm_head.out_features), recipe.model.options.path)
     plan = batch_plan(recipe, dataset, base.model)
+    # Before anything is estimated: they need memory.
+    kernels = choose_kernels(recipe.training.kernels, recipe.catalog, device)
     largest = _largest_micro_batch(plan, recipe)
     # No more memory than training takes, for lack of a backward pass.
     evaluation = EvaluationSet.packed(evaluated, largest.tokens) if evaluated else None
     training = _with_mode(recipe, base, largest, device, precision).training
     gives_back = training.saves_memory and is_large(base.checkpoint.config, largest.tokens)
     tuned = tune_process(device, save_memory=gives_back)
-    kernels = choose_kernels(training.kernels, recipe.catalog, device)
     if check_memory:
         from lorakit.estimate.check import check_that_it_fits
 

@@ -126,7 +126,17 @@ def load_weights(
         quantize=quantize,
         kept_linears=frozenset({HEAD}),
     )
+    if precision.storage is None:
+        _widen_unusual(base.model)
     compute_in(base.model, precision.compute)
+
+
+def _widen_unusual(model: nn.Module) -> None:
+    """Weights kept as they are stored are in fp32, bf16 or fp16: of others, torch knows too few
+    operations, or they would take more memory."""
+    for parameter in model.parameters():
+        if parameter.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+            parameter.data = parameter.data.float()
 
 
 def quantizer(quantization: Section, compute: torch.dtype) -> Quantize:

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from lorakit.modules.frozen import StoredLinear
+from lorakit.modules.matmul import kernels_in_use
 from lorakit.modules.narrow import NarrowLinear
 from lorakit.options import TrainingOptions
 from lorakit.protocols import CausalLM
@@ -54,9 +55,19 @@ def document_threads(model: CausalLM, device: torch.device, training: TrainingOp
     if any(getattr(module, "dropout", 0) for module in modules):
         return 1
     # The head is materialized a block of rows at a time.
-    stored = [m for m in modules if isinstance(m, StoredLinear | NarrowLinear)]
+    stored = [m for m in modules if isinstance(m, StoredLinear) and not _is_taken_as_stored(m)]
     largest = max((m.in_features * m.out_features for m in stored), default=0)
     return 1 if largest > MOST_MATERIALIZED else torch.get_num_threads()
+
+
+def _is_taken_as_stored(module: StoredLinear) -> bool:
+    """Whether the kernels in use multiply with the weight as it is, however little there is."""
+    kernels = kernels_in_use()
+    return (
+        kernels is not None
+        and isinstance(module, NarrowLinear)
+        and kernels.multiplies(1, module.weight)
+    )
 
 
 def loss_in_threads(

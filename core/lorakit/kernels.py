@@ -9,6 +9,7 @@ import torch
 from lorakit.errors import UserError
 from lorakit.modules.matmul import use_kernels
 from lorakit.options import AUTO, TORCH
+from lorakit.plugins import explain
 from lorakit.runtime import is_tuned
 
 if TYPE_CHECKING:
@@ -29,11 +30,12 @@ def choose_kernels(name: str, catalog: Catalog, device: torch.device) -> str | N
     Raises:
         UserError: Kernels are named that cannot be used on this machine.
     """
+    use_kernels(None)
     unwanted = device.type != "cpu" or (name == AUTO and not is_tuned(device))
     found = None if unwanted else _found(name, catalog)
-    use_kernels(found[1] if found else None)
     if found is None:
         return None
+    use_kernels(found[1])
     return f'kernels: {found[0].summary} (training.kernels = "{TORCH}" turns this off)'
 
 
@@ -42,9 +44,12 @@ def _found(name: str, catalog: Catalog) -> tuple[KernelLibrary, Kernels] | None:
         return None
     libraries = catalog.all("kernels") if name == AUTO else [catalog.get("kernels", name)]
     for library in libraries:
-        reason = library.unusable()
-        if reason is None:
-            return library, library.load()
+        try:
+            reason = library.unusable()
+            if reason is None:
+                return library, library.load()
+        except Exception as error:
+            reason = explain(error)
         if name != AUTO:
             raise UserError(
                 f"training.kernels: {name} cannot be used here: {reason}",

@@ -244,14 +244,23 @@ class Kernels(Protocol):
         `[T, Hkv, Dh]`."""
         ...
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, scale: float, out: Tensor) -> Tensor:
+    def attention_bytes(self, q: Tensor, k: Tensor) -> int:
+        """Of workspace that `attend` and `attend_backward` of such a document need; q and k may be
+        without memory."""
+        ...
+
+    def attend(
+        self, q: Tensor, k: Tensor, v: Tensor, scale: float, out: Tensor, workspace: Tensor
+    ) -> Tensor:
         """out = softmax(scale q k^T) v, each token seeing itself and those before it.
 
         Args:
-            q: `[T, H, Dh]`, a token's heads one after the other.
+            q: `[T, H, Dh]`, contiguous, as are all.
             k: `[T, Hkv, Dh]`; query head h sees key head h // (H / Hkv).
             v: Like k.
-            out: Like q, contiguous.
+            scale: Of the scores.
+            out: Like q.
+            workspace: `attention_bytes` of memory, for this call only.
 
         Returns:
             What `attend_backward` needs of it besides `out`.
@@ -268,9 +277,10 @@ class Kernels(Protocol):
         kept: Tensor,
         scale: float,
         into: tuple[Tensor, Tensor, Tensor],
+        workspace: Tensor,
     ) -> None:
-        """Writes the gradients of q, k and v to `into`, contiguous, given that of out; `kept` is
-        what `attend` returned."""
+        """Writes the gradients of q, k and v to `into`, given that of out; `kept` is what `attend`
+        returned."""
         ...
 
 

@@ -4,6 +4,7 @@ They are optional: where there is no C compiler the plugin installs all the same
 cannot be used.
 """
 
+import sys
 from glob import glob
 
 from setuptools import Extension, setup
@@ -18,6 +19,7 @@ setup(
             depends=sorted(glob(f"{NATIVE}/*.h")),
             define_macros=[("Py_LIMITED_API", "0x030A0000")],
             extra_compile_args=["-std=gnu11", "-O3", "-Wall", "-Wextra"],
+            libraries=["m"] if sys.platform == "linux" else [],
             py_limited_api=True,
             optional=True,
         )

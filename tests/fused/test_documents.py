@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lorakit.data.batches import Batch
-from lorakit.modules import Layout
+from lorakit.modules import Layout, matmul
+from lorakit.modules.attention import document_attention
 from lorakit.modules.low_rank import plain_path
+from lorakit.scratch import fakes_kept
 
 LONGROPE = {
     "original_max_position_embeddings": 10,
@@ -89,3 +92,35 @@ def test_the_test_would_see_a_document_run_on(name, make_model, make_batch, loss
         model, Batch(batch.tokens, batch.labels, one, batch.trained, ())
     )
     assert abs(float(together - apart)) > 1e-3 * float(apart)
+
+
+@pytest.mark.usefixtures("kernels")
+def test_attention_by_kernels_of_tensors_that_lie_otherwise():
+    """Heads before tokens in memory, as a family of another package may have them."""
+    lengths = (40, 1, 70)
+    q, k, v = (torch.randn(heads, sum(lengths), 64).transpose(0, 1) for heads in (4, 2, 2))
+    layout, dout = Layout.of_lengths(lengths), torch.randn(sum(lengths), 4, 64)
+    found = []
+    for in_order in (False, True):
+        inputs = [(x.contiguous() if in_order else x).detach().requires_grad_() for x in (q, k, v)]
+        out = document_attention(*inputs, layout)
+        found.append((out, *torch.autograd.grad(out, inputs, dout)))
+    for ours, expected in zip(*found, strict=True):
+        assert torch.equal(ours, expected)
+    with plain_path():
+        torch.testing.assert_close(found[0][0], document_attention(q, k, v, layout))
+
+
+def test_memory_that_kernels_take_for_attention_is_counted(monkeypatch):
+    class Greedy:
+        def attends(self, q, k):
+            return True
+
+        def attention_bytes(self, q, k):
+            return 1000 * len(q)
+
+    monkeypatch.setattr(matmul, "_kernels", [Greedy()])
+    with FakeTensorMode(), fakes_kept() as kept:
+        x = torch.empty(12, 2, 32, requires_grad=True)
+        document_attention(x, x, x, Layout.of_lengths([12]))
+    assert [len(memory) for (use, *_), memory in kept.items() if use == "attention"] == [12032]

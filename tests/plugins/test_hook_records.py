@@ -244,8 +244,9 @@ def test_lorakit_kernels_that_cannot_be_used_are_refused_by_name(
     plant_sample: Plant, small_recipe: Recipe
 ):
     plant_sample("kernels")
-    with pytest.raises(UserError, match="a-none cannot be used here: this is today"):
-        lorakit.train(small_recipe(), overrides={"training.kernels": "a-none"})
+    for name, reason in (("a-none", "this is today"), ("a-broken", "OSError: no such units")):
+        with pytest.raises(UserError, match=f"{name} cannot be used here: {reason}"):
+            lorakit.train(small_recipe(), overrides={"training.kernels": name})
     with pytest.raises(RecipeError, match=r"training.kernels: .*'a-wade' \(did you mean 'a-wide'"):
         resolve_recipe(small_recipe(), overrides={"training.kernels": "a-wade"})
 

@@ -22,6 +22,7 @@ from lorakit.data.shares import halved, shared_out
 from lorakit.document_threads import document_threads, in_threads, loss_in_threads
 from lorakit.loop import trainable_parameters
 from lorakit.loss import batch_loss
+from lorakit.modules import matmul
 from lorakit.modules.layout import apart
 from lorakit.modules.narrow import NarrowLinear, compute_in
 from lorakit.options import TrainingOptions
@@ -276,6 +277,23 @@ def test_weights_stored_in_bf16(make_recipe):
         for found, wanted in zip(gradients, expected, strict=True):
             scale = float(wanted.abs().max())
             torch.testing.assert_close(found, wanted, rtol=0, atol=1e-5 * scale)
+
+
+@pytest.mark.parametrize("dora", [False, True])
+def test_weights_that_kernels_take_as_stored_need_no_memory(dora, monkeypatch, make_recipe):
+    class Kernels:
+        def multiplies(self, rows, weight):
+            return weight.dtype == torch.bfloat16
+
+    monkeypatch.setattr("lorakit.builtin.precisions.cpu_has_bf16", lambda: False)
+    run, _ = first_run(make_recipe, precision={"name": "bf16"}, adapter={"dora": dora})
+    model, cpu = run.base.causal_lm, torch.device("cpu")
+    monkeypatch.setenv("LORAKIT_TUNE", "1")
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    monkeypatch.setattr("lorakit.document_threads.MOST_MATERIALIZED", 1)
+    assert document_threads(model, cpu, TrainingOptions()) == 1
+    monkeypatch.setattr(matmul, "_kernels", [Kernels()])
+    assert document_threads(model, cpu, TrainingOptions()) == 2
 
 
 def test_what_is_not_run_in_threads(monkeypatch, make_recipe):

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 import lorakit
@@ -182,6 +182,15 @@ def test_weights_are_stored_once_and_in_bf16(units, make_recipe, monkeypatch):
     assert model.lm_head.weight is model.model.embed_tokens.weight
     states = model.hidden(torch.tensor([1, 2]), Layout.of_lengths([2]))
     assert states.dtype == model.logits(states).dtype == (BF16 if units else FP32)
+
+
+def test_wider_weights_than_fp32_are_not_kept_as_stored(make_checkpoint, make_recipe, tmp_path):
+    base = make_checkpoint()
+    for file in base.glob("*.safetensors"):
+        save_file({n: t.double() for n, t in load_file(file).items()}, file, {"format": "pt"})
+    precision = {"name": "fp32", "storage": "checkpoint"}
+    run = assemble(resolve_recipe(make_recipe(model=base, precision=precision)), TerminalProgress())
+    assert {p.dtype for p in run.base.model.parameters()} == {FP32}
 
 
 def test_an_optimizer_that_cannot_hold_bf16_is_refused_before_the_run(make_recipe, monkeypatch):

@@ -17,6 +17,7 @@ from lorakit.estimate.subject import (
     open_shapes,
     worst_micro_batch,
 )
+from lorakit.kernels import choose_kernels
 from lorakit.options import AUTO, CHECKPOINTING_MODES
 from lorakit.progress import TerminalProgress
 from lorakit.protocols import BaseCheckpoint, Precision
@@ -104,6 +105,7 @@ def estimate_recipe(
     progress = TerminalProgress()
     device = resolve_device(recipe.run.device)
     precision = recipe.precision.record.resolve(device, recipe.precision.options)
+    choose_kernels(recipe.training.kernels, recipe.catalog, device)
     base = open_shapes(recipe, progress)
     batch = measured_micro_batch(recipe, base, progress) if use_data else None
     batch = batch or worst_micro_batch(recipe)

@@ -15,12 +15,14 @@ from typing import Any, Protocol
 import torch
 from attrs import frozen
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd.function import once_differentiable
 
 from lorakit.modules.blockwise import attend, attend_backward, beats_kernel
 from lorakit.modules.layout import Segments
-from lorakit.modules.matmul import kernels_for
+from lorakit.modules.matmul import kernels_for, kernels_in_use
 from lorakit.protocols import Kernels
+from lorakit.scratch import scratch
 
 _forward: Any = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", None)
 _backward: Any = getattr(
@@ -126,6 +128,9 @@ def _way_for(q: Tensor, k: Tensor) -> _Way:
     kernels = kernels_for(q)
     if kernels is not None and kernels.attends(q, k):
         return _ByKernels(kernels)
+    if isinstance(q, FakeTensor) and (kernels := kernels_in_use()) and kernels.attends(q, k):
+        # What they will take besides, for whoever counts what a run allocates.
+        _workspace(kernels, q, k)
     return _Blockwise() if beats_kernel(q, k) else _Flash()
 
 
@@ -160,17 +165,28 @@ class _ByKernels:
     kernels: Kernels
 
     def forward(self, inputs: Inputs, scale: float) -> tuple[Tensor, Tensor | None]:
-        out = torch.empty_like(inputs[0])
-        return out, self.kernels.attend(*inputs, scale, out)
+        q, k, v = (x.contiguous() for x in inputs)
+        out = _contiguous_like(q)
+        return out, self.kernels.attend(q, k, v, scale, out, _workspace(self.kernels, q, k))
 
     def backward(
         self, dout: Tensor, inputs: Inputs, out: Tensor, kept: Tensor | None, scale: float
     ) -> Sequence[Tensor]:
         assert kept is not None
-        q, k, v = inputs
-        into = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
-        self.kernels.attend_backward(dout, q, k, v, out, kept, scale, into)
+        dout, out, q, k, v = (x.contiguous() for x in (dout, out, *inputs))
+        into = _contiguous_like(q), _contiguous_like(k), _contiguous_like(v)
+        workspace = _workspace(self.kernels, q, k)
+        self.kernels.attend_backward(dout, q, k, v, out, kept, scale, into, workspace)
         return into
+
+
+def _contiguous_like(x: Tensor) -> Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+def _workspace(kernels: Kernels, q: Tensor, k: Tensor) -> Tensor:
+    (memory,) = scratch("attention", q, ((kernels.attention_bytes(q, k),), torch.uint8))
+    return memory
 
 
 def _joined(x: Tensor, parts: Segments) -> Tensor:

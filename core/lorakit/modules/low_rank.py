@@ -159,8 +159,7 @@ class Product:
 def forward_product(part: LowRank, x: Tensor, dropped: Tensor | None = None) -> Product:
     """One layer's forward pass.  x `[T, in]`; `dropped` is which inputs an earlier one has
     dropped, to repeat it."""
-    # Norms need W itself, not only its product.
-    weight = (factor_of if part.magnitude is None else weight_of)(part.base, x)
+    weight = factor_of(part.base, x)
     y = times_transposed(x, weight)
     bias = getattr(part.base, "bias", None)
     low = ratio = None
@@ -279,11 +278,20 @@ def row_norms(part: LowRank, weight: Tensor) -> Tensor:
     assert part.up is not None
     assert part.squared_norms is not None
     a, b = part.down.float(), part.up.float()
-    cross = ((weight @ a.to(weight.dtype).t()).float() * b).sum(dim=1)
+    cross = (_with_rows(weight, a, part.base) * b).sum(dim=1)
     square = ((b @ (a @ a.t())) * b).sum(dim=1)
     total = part.squared_norms + 2 * part.scale * cross + part.scale**2 * square
     # Above 0, so that a row of zeros gives zeros and not 0/0.
     return total.clamp_min(torch.finfo(total.dtype).tiny).sqrt()
+
+
+def _with_rows(weight: Tensor, a: Tensor, base: nn.Module) -> Tensor:
+    """W A^T `[out, r]`, fp32; W may be in another dtype than it is to be multiplied in."""
+    if multiplies_as_stored(a, weight):
+        return times_transposed(a, weight).t()
+    if isinstance(base, NarrowLinear) and weight is base.weight:
+        weight = weight_of(base, a)
+    return (weight @ a.to(weight.dtype).t()).float()
 
 
 def dropped_inputs(x: Tensor, share: float) -> Tensor | None:

@@ -33,6 +33,11 @@ def use_kernels(kernels: Kernels | None) -> None:
     _kernels[:] = [kernels] if kernels is not None else []
 
 
+def kernels_in_use() -> Kernels | None:
+    """Those that are asked for products of tensors they know."""
+    return _kernels[0] if _kernels else None
+
+
 def kernels_for(x: Tensor) -> Kernels | None:
     """Those in use, if they know such tensors as x `[T, ...]`; a compiler knows none of theirs."""
     if not _kernels or torch.compiler.is_compiling():

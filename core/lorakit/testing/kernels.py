@@ -111,9 +111,10 @@ def _check_attention(kernels: Kernels, q: Tensor, k: Tensor, v: Tensor) -> None:
     for threads in (1, 2):
         with _torch_threads(threads):
             out = torch.empty_like(q)
-            kept = kernels.attend(q, k, v, scale, out)
+            workspace = torch.empty(kernels.attention_bytes(q, k), dtype=torch.uint8)
+            kept = kernels.attend(q, k, v, scale, out, workspace)
             into = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
-            kernels.attend_backward(dout, q, k, v, out, kept, scale, into)
+            kernels.attend_backward(dout, q, k, v, out, kept, scale, into, workspace)
         found.append((out, *into))
     names = ("attend", *(f"attend_backward: d{name}" for name in "qkv"))
     for name, ours, others, right, again in zip(

@@ -15,8 +15,13 @@ def unusable() -> str | None:
     """Why the kernels cannot be used on this machine; None where they can."""
     try:
         from lorakit_amx import _kernels
-    except ImportError:
-        return "they were not built, for want of a C compiler when lorakit-amx was installed"
+    except ModuleNotFoundError:
+        return (
+            "they were not built, for want of a C compiler when lorakit-amx was installed "
+            "(pip install --no-cache-dir --force-reinstall lorakit-amx builds them)"
+        )
+    except ImportError as error:
+        return f"they cannot be loaded: {error}"
     reason: str | None = _kernels.unusable()
     return reason
 

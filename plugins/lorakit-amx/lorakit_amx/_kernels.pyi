@@ -24,10 +24,13 @@ def gate(*arguments: int) -> None:
 def gate_backward(*arguments: int) -> None:
     """dg, du, dout, g and u, each with its stride; rows, width; threads, parallel."""
 
+def attention_bytes(
+    tokens: int, heads: int, kv_heads: int, head_dim: int, threads: int, /
+) -> int: ...
 def attend(*arguments: float) -> None:
-    """q, k, v, out, normalizer; tokens, heads, kv_heads, head_dim; the strides of q, k and v;
+    """q, k, v, out, normalizer, workspace; tokens, heads, kv_heads, head_dim; the strides of q, k and v;
     scale; threads, parallel."""
 
 def attend_backward(*arguments: float) -> None:
-    """dout, q, k, v, out, normalizer, dq, dk, dv; tokens, heads, kv_heads, head_dim; the strides of
-    dout, q, k and v; scale; threads, parallel."""
+    """dout, q, k, v, out, normalizer, dq, dk, dv, workspace; tokens, heads, kv_heads, head_dim; the
+    strides of dout, q, k and v; scale; threads, parallel."""

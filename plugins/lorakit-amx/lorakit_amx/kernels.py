@@ -63,11 +63,15 @@ class AMXKernels:
     def attends(self, q: Tensor, k: Tensor) -> bool:
         return len(q) >= SHORTEST and q.shape[-1] in HEAD_DIMS
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, scale: float, out: Tensor) -> Tensor:
-        q, k, v = map(_heads_together, (q, k, v))
+    def attention_bytes(self, q: Tensor, k: Tensor) -> int:
+        return _kernels.attention_bytes(*_sizes(q, k), _threads()[0])
+
+    def attend(
+        self, q: Tensor, k: Tensor, v: Tensor, scale: float, out: Tensor, workspace: Tensor
+    ) -> Tensor:
         normalizer = q.new_empty(q.shape[1], len(q))
         _kernels.attend(
-            *(x.data_ptr() for x in (q, k, v, out, normalizer)),
+            *(x.data_ptr() for x in (q, k, v, out, normalizer, workspace)),
             *_sizes(q, k),
             *(x.stride(0) for x in (q, k, v)),
             scale,
@@ -85,10 +89,10 @@ class AMXKernels:
         kept: Tensor,
         scale: float,
         into: tuple[Tensor, Tensor, Tensor],
+        workspace: Tensor,
     ) -> None:
-        dout, q, k, v = map(_heads_together, (dout, q, k, v))
         _kernels.attend_backward(
-            *(x.data_ptr() for x in (dout, q, k, v, out.contiguous(), kept, *into)),
+            *(x.data_ptr() for x in (dout, q, k, v, out, kept, *into, workspace)),
             *_sizes(q, k),
             *(x.stride(0) for x in (dout, q, k, v)),
             scale,
@@ -104,12 +108,6 @@ def _places(*tensors: Tensor) -> tuple[int, ...]:
 def _sizes(q: Tensor, k: Tensor) -> tuple[int, int, int, int]:
     tokens, heads, head_dim = q.shape
     return tokens, heads, k.shape[1], head_dim
-
-
-def _heads_together(x: Tensor) -> Tensor:
-    """`[T, H, Dh]` with a token's heads one after the other."""
-    _, head, number = x.stride()
-    return x if number == 1 and head == x.shape[-1] else x.contiguous()
 
 
 def _threads() -> tuple[int, int]:

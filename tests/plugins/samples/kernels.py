@@ -41,12 +41,15 @@ def load():
         def attends(self, q, k):
             return True
 
-        def attend(self, q, k, v, scale, out):
+        def attention_bytes(self, q, k):
+            return 0
+
+        def attend(self, q, k, v, scale, out, workspace):
             self.asked.write("attend\n")
             out.copy_(attended(*(x.double() for x in (q, k, v)), scale))
             return torch.empty(0)
 
-        def attend_backward(self, dout, q, k, v, out, kept, scale, into):
+        def attend_backward(self, dout, q, k, v, out, kept, scale, into, workspace):
             self.asked.write("attend_backward\n")
             inputs = [x.double().requires_grad_() for x in (q, k, v)]
             with torch.enable_grad():
@@ -66,9 +69,16 @@ def load():
     return Wide()
 
 
+def broken():
+    raise OSError("no such units")
+
+
 @hookimpl
 def lorakit_kernels():
     return [
+        KernelLibrary(
+            name="a-broken", summary="products by broken units", unusable=broken, load=load
+        ),
         KernelLibrary(
             name="a-wide", summary="products in float64", unusable=lambda: None, load=load
         ),

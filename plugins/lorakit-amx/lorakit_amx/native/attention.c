@@ -3,23 +3,8 @@
 
 #if LORAKIT_HAS_AMX
 
-/* Memory that the last call left for the next: new pages from the system take long. */
-static _Atomic(char *) spare;
-
-/* Starts with its size. */
-char *attention_memory(size_t bytes) {
-  char *memory = atomic_exchange(&spare, NULL);
-  if (memory && *(size_t *)memory >= bytes + 64)
-    return memory;
-  free(memory);
-  memory = aligned_alloc(64, bytes + 64);
-  if (memory)
-    *(size_t *)memory = bytes + 64;
-  return memory;
-}
-
-void attention_memory_done(char *memory) {
-  free(atomic_exchange(&spare, memory));
+size_t packed_size(const struct task *task) {
+  return (size_t)(task->kv_heads * task->blocks * task->columns * BLOCK) * sizeof(bf16);
 }
 
 void run_items(struct task *task, void (*fn)(void *), int threads, parallel_fn parallel) {
@@ -280,20 +265,15 @@ AMX static void attend_items(void *data) {
 }
 
 /* The size of a thread's memory. */
-static size_t forward_size(long columns) {
+size_t forward_size(long columns) {
   char *end = NULL;
   forward_memory(&end, columns);
   return (size_t)end;
 }
 
-/* out = softmax(scale q k^T) v, each token seeing those up to itself.  q, out: [token][head][dim];
- * k, v: [token][kv head][dim]; their tokens are strides apart, but those of `out` lie densely.
- * Query head h sees kv head h / (heads / kv_heads); head_dim is a multiple of 32.  normalizer:
- * [head][token], the logarithm of the sum of exponentials, for the backward pass.  `parallel` is
- * libgomp's GOMP_parallel.  Results do not depend on the threads.  Nonzero: out of memory. */
-int attend(const float *q, const float *k, const float *v, float *out, float *normalizer,
-           long tokens, long heads, long kv_heads, long head_dim, long q_stride, long k_stride,
-           long v_stride, float scale, int threads, parallel_fn parallel) {
+void attend(const float *q, const float *k, const float *v, float *out, float *normalizer,
+            char *workspace, long tokens, long heads, long kv_heads, long head_dim, long q_stride,
+            long k_stride, long v_stride, float scale, int threads, parallel_fn parallel) {
   struct task task = {
       .q = q, .k = k, .v = v, .out = out, .normalizer = normalizer, .tokens = tokens,
       .heads = heads, .kv_heads = kv_heads, .head_dim = head_dim, .q_stride = q_stride,
@@ -301,18 +281,13 @@ int attend(const float *q, const float *k, const float *v, float *out, float *no
       .blocks = divided_up(tokens, SIDE), .columns = head_dim / SIDE,
       .groups = divided_up(tokens, WIDTH * SIDE), .scratch_size = forward_size(head_dim / SIDE),
   };
-  size_t packed = (size_t)(kv_heads * task.blocks * task.columns * BLOCK) * sizeof(bf16);
-  char *memory = attention_memory(2 * packed + (size_t)threads * task.scratch_size);
-  if (!memory)
-    return 1;
-  char *from = memory + 64;
+  const size_t packed = packed_size(&task);
+  char *from = workspace;
   task.k_left = take(&from, packed);
   task.v_left = take(&from, packed);
   task.scratch = from;
   run_items(&task, attention_pack_keys, threads, parallel);
   run_items(&task, attend_items, threads, parallel);
-  attention_memory_done(memory);
-  return 0;
 }
 
 #endif

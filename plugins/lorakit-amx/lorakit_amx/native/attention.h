@@ -11,17 +11,20 @@
  * a multiple of 32; query head h sees key head h / (heads / kv_heads).  normalizer [heads, tokens]
  * gets the logarithms of the softmax's sums, for the backward pass.
  *
- * Memory of the size of k and v is kept for the next call.  A NaN of v may reach the 31 tokens before
- * it.  Return 0, or 1 where there is not memory enough. */
-int attend(const float *q, const float *k, const float *v, float *out, float *normalizer, long tokens,
-           long heads, long kv_heads, long head_dim, long q_stride, long k_stride, long v_stride,
-           float scale, int threads, parallel_fn parallel);
+ * workspace: `attention_bytes` of memory, at a multiple of 64.  A NaN of v may reach the 31 tokens
+ * before it. */
+void attend(const float *q, const float *k, const float *v, float *out, float *normalizer,
+            char *workspace, long tokens, long heads, long kv_heads, long head_dim, long q_stride,
+            long k_stride, long v_stride, float scale, int threads, parallel_fn parallel);
 
 /* The gradients of q, k and v, given that of out; written without gaps. */
-int attend_backward(const float *dout, const float *q, const float *k, const float *v,
-                    const float *out, const float *normalizer, float *dq, float *dk, float *dv,
-                    long tokens, long heads, long kv_heads, long head_dim, long dout_stride,
-                    long q_stride, long k_stride, long v_stride, float scale, int threads,
-                    parallel_fn parallel);
+void attend_backward(const float *dout, const float *q, const float *k, const float *v,
+                     const float *out, const float *normalizer, float *dq, float *dk, float *dv,
+                     char *workspace, long tokens, long heads, long kv_heads, long head_dim,
+                     long dout_stride, long q_stride, long k_stride, long v_stride, float scale,
+                     int threads, parallel_fn parallel);
+
+/* What either of them needs at most. */
+long attention_bytes(long tokens, long heads, long kv_heads, long head_dim, int threads);
 
 #endif

@@ -340,13 +340,28 @@ static size_t backward_size(long columns) {
   return (size_t)end;
 }
 
-/* The gradients of q, k and v, from that of `out`, and what `attend` had and gave.  out, dq, dk, dv
- * lie densely. */
-int attend_backward(const float *dout, const float *q, const float *k, const float *v,
-                    const float *out, const float *normalizer, float *dq, float *dk, float *dv,
-                    long tokens, long heads, long kv_heads, long head_dim, long dout_stride,
-                    long q_stride, long k_stride, long v_stride, float scale, int threads,
-                    parallel_fn parallel) {
+/* Of the gradients of keys or values, before they are summed up. */
+static size_t sums_size(const struct task *task) {
+  return (size_t)(task->splits * task->heads * task->blocks * task->columns * AREA) * sizeof(float);
+}
+
+static long splits_of(const struct task *task) { return task->groups < 2 ? 1 : 2; }
+
+long attention_bytes(long tokens, long heads, long kv_heads, long head_dim, int threads) {
+  struct task task = {.heads = heads, .kv_heads = kv_heads, .blocks = divided_up(tokens, SIDE),
+                      .columns = head_dim / SIDE, .groups = divided_up(tokens, WIDTH * SIDE)};
+  task.splits = splits_of(&task);
+  const size_t forward = 2 * packed_size(&task) + (size_t)threads * forward_size(task.columns);
+  const size_t backward = 3 * packed_size(&task) + 2 * sums_size(&task) +
+                          (size_t)threads * backward_size(task.columns);
+  return (long)(forward > backward ? forward : backward);
+}
+
+void attend_backward(const float *dout, const float *q, const float *k, const float *v,
+                     const float *out, const float *normalizer, float *dq, float *dk, float *dv,
+                     char *workspace, long tokens, long heads, long kv_heads, long head_dim,
+                     long dout_stride, long q_stride, long k_stride, long v_stride, float scale,
+                     int threads, parallel_fn parallel) {
   struct task task = {
       .dout = dout, .q = q, .k = k, .v = v, .result = out, .known_normalizer = normalizer, .dq = dq,
       .dk = dk, .dv = dv, .tokens = tokens, .heads = heads, .kv_heads = kv_heads,
@@ -356,25 +371,18 @@ int attend_backward(const float *dout, const float *q, const float *k, const flo
       .groups = divided_up(tokens, WIDTH * SIDE),
       .scratch_size = backward_size(head_dim / SIDE),
   };
-  task.splits = task.groups < 2 ? 1 : 2;
-  size_t packed = (size_t)(kv_heads * task.blocks * task.columns * BLOCK) * sizeof(bf16);
-  size_t sums = (size_t)(heads * task.blocks * task.columns * AREA) * sizeof(float);
-  char *memory = attention_memory(3 * packed + (size_t)(2 * task.splits) * sums +
-                         (size_t)threads * task.scratch_size);
-  if (!memory)
-    return 1;
-  char *from = memory + 64;
+  task.splits = splits_of(&task);
+  const size_t packed = packed_size(&task), sums = sums_size(&task);
+  char *from = workspace;
   task.k_left = take(&from, packed);
   task.k_left_transposed = take(&from, packed);
   task.v_left = take(&from, packed);
-  task.dk_parts = take(&from, (size_t)task.splits * sums);
-  task.dv_parts = take(&from, (size_t)task.splits * sums);
+  task.dk_parts = take(&from, sums);
+  task.dv_parts = take(&from, sums);
   task.scratch = from;
   run_items(&task, attention_pack_keys, threads, parallel);
   run_items(&task, backward_items, threads, parallel);
   run_items(&task, sum_items, threads, parallel);
-  attention_memory_done(memory);
-  return 0;
 }
 
 #endif

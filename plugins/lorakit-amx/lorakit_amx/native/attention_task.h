@@ -59,9 +59,11 @@ AMX_INLINE void mask_diagonal(float *scores, float value) {
   }
 }
 
-/* For a call: memory of at least that many bytes, or NULL. */
-char *attention_memory(size_t bytes);
-void attention_memory_done(char *memory);
+/* Bytes of k or v, packed. */
+size_t packed_size(const struct task *task);
+
+/* Bytes that a thread takes in the forward pass. */
+size_t forward_size(long columns);
 
 /* Does all items of a task with that many threads. */
 void run_items(struct task *task, void (*fn)(void *), int threads, parallel_fn parallel);

@@ -34,7 +34,8 @@ static PyObject *unusable(PyObject *self, PyObject *none) {
                                 "and later do)");
   Py_RETURN_NONE;
 #else
-  return PyUnicode_FromString("not built for this platform (it takes Linux on x86-64)");
+  return PyUnicode_FromString("not built: it takes Linux on x86-64, and GCC 11 or "
+                              "Clang 12 or newer");
 #endif
 }
 
@@ -42,11 +43,6 @@ static PyObject *unusable(PyObject *self, PyObject *none) {
 typedef unsigned long long address;
 
 static float *numbers_at(address of) { return (float *)(uintptr_t)of; }
-
-static PyObject *none_or_no_memory(int failed) {
-  if (failed) return PyErr_NoMemory();
-  Py_RETURN_NONE;
-}
 
 static PyObject *py_multiply(PyObject *self, PyObject *args) {
   (void)self;
@@ -63,7 +59,8 @@ static PyObject *py_multiply(PyObject *self, PyObject *args) {
   failed = multiply(numbers_at(out), out_stride, numbers_at(x), x_stride, w, transposed, rows,
                     columns, inner, add, threads, (parallel_fn)(uintptr_t)parallel);
   Py_END_ALLOW_THREADS;
-  return none_or_no_memory(failed);
+  if (failed) return PyErr_NoMemory();
+  Py_RETURN_NONE;
 }
 
 static PyObject *py_gate(PyObject *self, PyObject *args) {
@@ -98,41 +95,50 @@ static PyObject *py_gate_backward(PyObject *self, PyObject *args) {
   Py_RETURN_NONE;
 }
 
+static PyObject *py_attention_bytes(PyObject *self, PyObject *args) {
+  (void)self;
+  long tokens, heads, kv_heads, head_dim;
+  int threads;
+  if (!PyArg_ParseTuple(args, "lllli", &tokens, &heads, &kv_heads, &head_dim, &threads))
+    return NULL;
+  return PyLong_FromLong(attention_bytes(tokens, heads, kv_heads, head_dim, threads));
+}
+
 static PyObject *py_attend(PyObject *self, PyObject *args) {
   (void)self;
-  address q, k, v, out, normalizer, parallel;
+  address q, k, v, out, normalizer, workspace, parallel;
   long tokens, heads, kv_heads, head_dim, q_stride, k_stride, v_stride;
   float scale;
-  int threads, failed;
-  if (!PyArg_ParseTuple(args, "KKKKKlllllllfiK", &q, &k, &v, &out, &normalizer, &tokens, &heads,
-                        &kv_heads, &head_dim, &q_stride, &k_stride, &v_stride, &scale, &threads,
-                        &parallel))
+  int threads;
+  if (!PyArg_ParseTuple(args, "KKKKKKlllllllfiK", &q, &k, &v, &out, &normalizer, &workspace,
+                        &tokens, &heads, &kv_heads, &head_dim, &q_stride, &k_stride, &v_stride,
+                        &scale, &threads, &parallel))
     return NULL;
   Py_BEGIN_ALLOW_THREADS;
-  failed = attend(numbers_at(q), numbers_at(k), numbers_at(v), numbers_at(out),
-                  numbers_at(normalizer), tokens, heads, kv_heads, head_dim, q_stride, k_stride,
-                  v_stride, scale, threads, (parallel_fn)(uintptr_t)parallel);
+  attend(numbers_at(q), numbers_at(k), numbers_at(v), numbers_at(out), numbers_at(normalizer),
+         (char *)numbers_at(workspace), tokens, heads, kv_heads, head_dim, q_stride, k_stride,
+         v_stride, scale, threads, (parallel_fn)(uintptr_t)parallel);
   Py_END_ALLOW_THREADS;
-  return none_or_no_memory(failed);
+  Py_RETURN_NONE;
 }
 
 static PyObject *py_attend_backward(PyObject *self, PyObject *args) {
   (void)self;
-  address dout, q, k, v, out, normalizer, dq, dk, dv, parallel;
+  address dout, q, k, v, out, normalizer, dq, dk, dv, workspace, parallel;
   long tokens, heads, kv_heads, head_dim, dout_stride, q_stride, k_stride, v_stride;
   float scale;
-  int threads, failed;
-  if (!PyArg_ParseTuple(args, "KKKKKKKKKllllllllfiK", &dout, &q, &k, &v, &out, &normalizer, &dq,
-                        &dk, &dv, &tokens, &heads, &kv_heads, &head_dim, &dout_stride, &q_stride,
-                        &k_stride, &v_stride, &scale, &threads, &parallel))
+  int threads;
+  if (!PyArg_ParseTuple(args, "KKKKKKKKKKllllllllfiK", &dout, &q, &k, &v, &out, &normalizer, &dq,
+                        &dk, &dv, &workspace, &tokens, &heads, &kv_heads, &head_dim, &dout_stride,
+                        &q_stride, &k_stride, &v_stride, &scale, &threads, &parallel))
     return NULL;
   Py_BEGIN_ALLOW_THREADS;
-  failed = attend_backward(numbers_at(dout), numbers_at(q), numbers_at(k), numbers_at(v),
-                           numbers_at(out), numbers_at(normalizer), numbers_at(dq), numbers_at(dk),
-                           numbers_at(dv), tokens, heads, kv_heads, head_dim, dout_stride, q_stride,
-                           k_stride, v_stride, scale, threads, (parallel_fn)(uintptr_t)parallel);
+  attend_backward(numbers_at(dout), numbers_at(q), numbers_at(k), numbers_at(v), numbers_at(out),
+                  numbers_at(normalizer), numbers_at(dq), numbers_at(dk), numbers_at(dv),
+                  (char *)numbers_at(workspace), tokens, heads, kv_heads, head_dim, dout_stride,
+                  q_stride, k_stride, v_stride, scale, threads, (parallel_fn)(uintptr_t)parallel);
   Py_END_ALLOW_THREADS;
-  return none_or_no_memory(failed);
+  Py_RETURN_NONE;
 }
 #endif
 
@@ -143,6 +149,7 @@ static PyMethodDef methods[] = {
     {"multiply", py_multiply, METH_VARARGS, "out = x W, or x W^T; see multiply.h."},
     {"gate", py_gate, METH_VARARGS, "out = silu(g) u; see gate.h."},
     {"gate_backward", py_gate_backward, METH_VARARGS, "Its gradients; see gate.h."},
+    {"attention_bytes", py_attention_bytes, METH_VARARGS, "Of workspace; see attention.h."},
     {"attend", py_attend, METH_VARARGS, "Causal attention; see attention.h."},
     {"attend_backward", py_attend_backward, METH_VARARGS, "Its gradients; see attention.h."},
 #endif

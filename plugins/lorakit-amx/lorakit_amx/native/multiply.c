@@ -7,6 +7,7 @@
 
 #if LORAKIT_HAS_AMX
 
+#include <pthread.h>
 #include <stdatomic.h>
 #include <stdlib.h>
 
@@ -208,14 +209,21 @@ AMX static void multiply_block(const uint16_t *x, const uint16_t *w, long steps,
   }
 }
 
-/* Memory of the calling thread's own, kept from call to call. */
+static pthread_key_t own_memory;
+static pthread_once_t own_memory_once = PTHREAD_ONCE_INIT;
+
+static void make_own_memory(void) { pthread_key_create(&own_memory, free); }
+
+/* Memory of the calling thread's own, kept from call to call until the thread ends. */
 static uint16_t *kept(long bytes) {
   static __thread uint16_t *memory;
   static __thread long size;
   if (size < bytes) {
+    pthread_once(&own_memory_once, make_own_memory);
     free(memory);
     memory = aligned_alloc(64, round_up(bytes, 64));
     size = memory ? bytes : 0;
+    pthread_setspecific(own_memory, memory);
   }
   return memory;
 }

@@ -9,6 +9,8 @@
    A tile is 16 rows of 64 bytes: of a left operand 16 x 32 numbers, of a right operand 32 x 16,
    two rows of it interleaved in one.
 
+   Infinities become NaN, and so do numbers within 2^-9 of the largest.
+
    Reference: Intel Architecture Instruction Set Extensions, chapter 3 (AMX). */
 #ifndef LORAKIT_PARTS_H
 #define LORAKIT_PARTS_H
