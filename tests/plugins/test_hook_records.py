@@ -207,8 +207,23 @@ def test_lorakit_model_sources(
         resolve_recipe(small_recipe(model={"name": "llama", "path": "nowhere"}))
 
 
+BROKEN_KERNELS = """
+from lorakit import hookimpl
+from lorakit.records import KernelLibrary
+
+def broken():
+    raise OSError("no such units")
+
+@hookimpl
+def lorakit_kernels():
+    made = KernelLibrary(name="a-broken", summary="products", unusable=broken, load=broken)
+    return [made]
+"""
+
+
 def test_lorakit_kernels(
     plant_sample: Plant,
+    plant: Callable[[str, str], str],
     small_recipe: Recipe,
     tmp_path: Path,
     capfd: Any,
@@ -217,6 +232,7 @@ def test_lorakit_kernels(
 ):
     """The first that can be used here computes products and attention; it can be turned off."""
     plant_sample("kernels")
+    plant("lorakit-broken-kernels", BROKEN_KERNELS)
     asked = tmp_path / "asked"
     monkeypatch.setenv("ASKED", str(asked))
     loggers = [{"name": "disk"}, {"name": "terminal"}]
@@ -241,9 +257,10 @@ def test_lorakit_kernels(
 
 
 def test_lorakit_kernels_that_cannot_be_used_are_refused_by_name(
-    plant_sample: Plant, small_recipe: Recipe
+    plant_sample: Plant, plant: Callable[[str, str], str], small_recipe: Recipe
 ):
     plant_sample("kernels")
+    plant("lorakit-broken-kernels", BROKEN_KERNELS)
     for name, reason in (("a-none", "this is today"), ("a-broken", "OSError: no such units")):
         with pytest.raises(UserError, match=f"{name} cannot be used here: {reason}"):
             lorakit.train(small_recipe(), overrides={"training.kernels": name})

@@ -28,8 +28,8 @@ def attention_bytes(
     tokens: int, heads: int, kv_heads: int, head_dim: int, threads: int, /
 ) -> int: ...
 def attend(*arguments: float) -> None:
-    """q, k, v, out, normalizer, workspace; tokens, heads, kv_heads, head_dim; the strides of q, k and v;
-    scale; threads, parallel."""
+    """q, k, v, out, normalizer, workspace; tokens, heads, kv_heads, head_dim; the strides of
+    q, k and v; scale; threads, parallel."""
 
 def attend_backward(*arguments: float) -> None:
     """dout, q, k, v, out, normalizer, dq, dk, dv, workspace; tokens, heads, kv_heads, head_dim; the

@@ -69,16 +69,9 @@ def load():
     return Wide()
 
 
-def broken():
-    raise OSError("no such units")
-
-
 @hookimpl
 def lorakit_kernels():
     return [
-        KernelLibrary(
-            name="a-broken", summary="products by broken units", unusable=broken, load=load
-        ),
         KernelLibrary(
             name="a-wide", summary="products in float64", unusable=lambda: None, load=load
         ),
