@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from functools import cache
 from typing import Any
 
 from attrs import frozen
@@ -15,6 +16,7 @@ from tests.bench.trained import (
     matmul_limit,
     packed,
     startup_seconds,
+    train_in_turn,
     train_lorakit,
     train_peer,
 )
@@ -219,15 +221,12 @@ def scaling(inputs: Inputs, steps: int, results: Mapping[str, Any]) -> Iterator[
 
 
 def dora(inputs: Inputs, steps: int, results: Mapping[str, Any]) -> Iterator[Variant]:
-    """In turn and twice, since a tenth is to be seen."""
+    """Step by step in turn, since a tenth is to be seen."""
     rows, base = inputs.rows(), best(results)
-    for turn in (1, 2):
-        for name, on in (("LoRA", False), ("DoRA", True)):
-            setting = base.but(adapter={"dora": on})
-            yield Variant(
-                f"adapter: {name}, turn {turn}",
-                lambda s=setting: train_lorakit(s, inputs, rows=rows, steps=steps),
-            )
+    both = [base.but(adapter={"dora": on}) for on in (False, True)]
+    found = cache(lambda: train_in_turn(both, inputs, rows=rows, steps=steps))
+    for index, name in enumerate(("LoRA", "DoRA")):
+        yield Variant(f"adapter: {name}", lambda i=index: found()[i])
 
 
 def startup(inputs: Inputs, steps: int, results: Mapping[str, Any]) -> Iterator[Variant]:

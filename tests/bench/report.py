@@ -19,6 +19,7 @@ from tests.bench.parts import (
 )
 from tests.bench.processes import ROOT
 from tests.bench.results import (
+    WARM_UP,
     rates,
     step_tokens,
     succeeded,
@@ -132,7 +133,7 @@ def run_row(name: str, run: Mapping[str, Any]) -> list[str]:
         spread,
         f"{step_tokens(run):,.0f}",
         f"{trained_share(run):.0%}",
-        gigabytes(run["peak_bytes"]),
+        gigabytes(run["peak_bytes"]) if "peak_bytes" in run else "",
     ]
 
 
@@ -333,15 +334,14 @@ def line_through(points: Mapping[int, float]) -> tuple[float, float]:
 
 
 def dora(results: Results) -> Iterator[str]:
-    runs = of_part(results, "dora")
-    pace = {}
-    for kind in ("LoRA", "DoRA"):
-        found = [r for n, r in runs.items() if f" {kind}," in n and "steps" in r]
-        if not found:
-            return
-        pace[kind] = statistics.median(rate for run in found for rate in rates(run))
-    yield from table(RUN_HEADS, [run_row(name, run) for name, run in runs.items()])
-    overhead = pace["LoRA"] / pace["DoRA"] - 1
+    names = "adapter: LoRA", "adapter: DoRA"
+    if not all(succeeded(results, name) for name in names):
+        return
+    runs = [results["runs"][name] for name in names]
+    yield from table(RUN_HEADS, [run_row(*row) for row in zip(names, runs, strict=True)])
+    # Of the two steps beside each other, over the same rows.
+    pairs = zip(*(run["steps"][WARM_UP:] for run in runs), strict=True)
+    overhead = statistics.median(d["seconds"] / plain["seconds"] for plain, d in pairs) - 1
     yield (
         f"\nA step with DoRA takes {overhead:.1%} more time than one with LoRA "
         f"(target: under {DORA_OVERHEAD:.0%}): {verdict(overhead < DORA_OVERHEAD)}."

@@ -43,8 +43,8 @@ def found():
         "limit: matrix products": run("limit", 5, 3.0, 0),
         "ablation: all on": run("ablation", 6, 4.0, 2.0),
         "ablation: compile on": run("ablation", 7, 2.0, 3.0),
-        "adapter: LoRA, turn 1": run("dora", 8, 4.0, 2.0),
-        "adapter: DoRA, turn 1": run("dora", 9, 5.0, 2.0),
+        "adapter: LoRA": run("dora", 8, 4.0, 2.0),
+        "adapter: DoRA": run("dora", 9, 5.0, 2.0),
         "start-up": {"part": "startup", "order": 10, "seconds": [7.0, 5.0, 5.5]},
     }
     del runs["limit: matrix products"]["peak_bytes"]

@@ -115,6 +115,22 @@ def train_lorakit(setting: Setting, inputs: Inputs, *, rows: Path, steps: int) -
     }
 
 
+def train_in_turn(
+    settings: Sequence[Setting], inputs: Inputs, *, rows: Path, steps: int
+) -> list[dict[str, Any]]:
+    """So many steps of each setting, one of each after the other, in one process."""
+    with tempfile.TemporaryDirectory() as name:
+        wanted = []
+        for index, setting in enumerate(settings):
+            directory = Path(name, str(index))
+            directory.mkdir()
+            table = recipe(setting, inputs.model, rows, steps)
+            wanted.append(write_recipe(directory, table))
+        done = run([sys.executable, "-m", "tests.bench.in_turn", *wanted])
+    found: list[dict[str, Any]] = json.loads(done.stdout.strip().splitlines()[-1])
+    return found
+
+
 def train_peer(
     script: str, inputs: Inputs, *, steps: int, options: Sequence[str]
 ) -> dict[str, Any]:
