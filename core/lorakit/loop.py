@@ -17,6 +17,7 @@ from lorakit.data.batches import Batch, BatchPlan
 from lorakit.errors import RunError
 from lorakit.logs import LoggerGroup
 from lorakit.loss import batch_loss
+from lorakit.modules.low_rank import norms_kept
 from lorakit.memory import peak_memory_bytes
 from lorakit.protocols import CausalLM, Precision
 from lorakit.state import TrainState
@@ -106,10 +107,11 @@ def train(
                 group["lr"] = lr
 
             loss = 0.0
-            for batch in window:
-                part = batch_loss(model, batch.to(device)) / trained
-                precision.backward(part)
-                loss += part.item()
+            with norms_kept():
+                for batch in window:
+                    part = batch_loss(model, batch.to(device)) / trained
+                    precision.backward(part)
+                    loss += part.item()
             _check_finite("loss", loss, window, state, plan)
             grad_norm = precision.step(optimizer, max_grad_norm)
             if grad_norm is None:

@@ -17,6 +17,7 @@ from lorakit.assemble import Run, assemble
 from lorakit.data.batches import Batch
 from lorakit.loop import trainable_parameters
 from lorakit.loss import batch_loss
+from lorakit.modules.low_rank import norms_kept
 from lorakit.progress import SilentProgress
 from lorakit.recipes import resolve_recipe
 
@@ -26,10 +27,11 @@ def step(run: Run, optimizer: Any, window: list[Batch]) -> tuple[dict[str, float
     started = time.perf_counter()
     trained = sum(batch.trained for batch in window)
     loss = 0.0
-    for batch in window:
-        part = batch_loss(run.base.causal_lm, batch) / trained
-        run.precision.backward(part)
-        loss += part.item()
+    with norms_kept():
+        for batch in window:
+            part = batch_loss(run.base.causal_lm, batch) / trained
+            run.precision.backward(part)
+            loss += part.item()
     run.precision.step(optimizer, run.recipe.training.max_grad_norm)
     optimizer.zero_grad()
     seconds = time.perf_counter() - started

@@ -23,7 +23,7 @@ from attrs import frozen
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from lorakit.modules.frozen import StoredLinear, materialized
+from lorakit.modules.frozen import StoredLinear, has_memory, materialized
 from lorakit.modules.matmul import (
     add_times,
     multiplies_as_stored,
@@ -171,7 +171,7 @@ def forward_product(part: LowRank, x: Tensor, dropped: Tensor | None = None) -> 
         low = times_transposed(without(x, dropped, part.dropout), down).mul_(part.scale)
         add_times(y, low, up.t())
         if part.magnitude is not None:
-            ratio = (part.magnitude / row_norms(part, weight)).to(x.dtype)
+            ratio = (part.magnitude / _norms_of(part, weight)).to(x.dtype)
             y.mul_(ratio)
     if bias is not None:
         y.add_(bias.to(x.dtype))
@@ -261,6 +261,30 @@ def weight_of(base: nn.Module, like: Tensor) -> Tensor:
     # A scheme's own module need not know how to write into a buffer.
     dequantize = cast("Callable[[], Tensor]", base.dequantize)
     return dequantize().to(like.dtype)
+
+
+_norms: list[dict[Tensor, Tensor]] = []
+
+
+@contextmanager
+def norms_kept() -> Iterator[None]:
+    """Within it no parameter changes, so that rows' norms are computed once for all micro-batches,
+    threads and recomputations."""
+    _norms.append({})
+    try:
+        yield
+    finally:
+        _norms.pop()
+
+
+def _norms_of(part: LowRank, weight: Tensor) -> Tensor:
+    if not _norms or part.up is None or not has_memory(weight):
+        return row_norms(part, weight)
+    # Two threads may compute the same; either result will do.
+    found = _norms[-1].get(part.up)
+    if found is None:
+        found = _norms[-1][part.up] = row_norms(part, weight)
+    return found
 
 
 @torch.no_grad()
