@@ -17,8 +17,8 @@ from lorakit.data.batches import Batch, BatchPlan
 from lorakit.errors import RunError
 from lorakit.logs import LoggerGroup
 from lorakit.loss import batch_loss
-from lorakit.modules.low_rank import norms_kept
 from lorakit.memory import peak_memory_bytes
+from lorakit.modules.low_rank import norms_kept
 from lorakit.protocols import CausalLM, Precision
 from lorakit.state import TrainState
 
