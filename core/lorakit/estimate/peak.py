@@ -9,7 +9,7 @@ import torch
 from attrs import frozen
 
 from lorakit.estimate.rehearsal import MicroBatch, Rehearsal, Step
-from lorakit.modules.matmul import onednn_is_on
+from lorakit.modules.matmul import kernels_in_use, onednn_is_on
 from lorakit.runtime import own_pages_from
 
 PARTS = (
@@ -101,7 +101,8 @@ def _kept_by_products(*, save_memory: bool) -> int:
     """Bytes that the library of matrix products takes for itself."""
     if onednn_is_on():
         return COMPILED_BYTES
-    if not torch.backends.mkl.is_available():
+    if not torch.backends.mkl.is_available() or kernels_in_use() is not None:
+        # Beside kernels, MKL is left the thin products, which take little.
         return 0
     return PACKED_BYTES if save_memory else 2 * PACKED_BYTES
 
