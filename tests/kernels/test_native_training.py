@@ -1,4 +1,4 @@
-"""A run on lorakit-amx: the same losses as on torch, repeated bit for bit."""
+"""A run on lorakit-x86: the same losses as on torch, repeated bit for bit."""
 
 from __future__ import annotations
 
@@ -10,10 +10,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import lorakit
 from lorakit.protocols import Kernels
+from lorakit.records import KernelLibrary
 from lorakit.testing import write_checkpoint
+from lorakit.testing.kernels import check_kernels
 
 CONFIG = {
     "model_type": "llama",
@@ -29,7 +32,9 @@ CONFIG = {
 
 @pytest.fixture
 def recipe(tmp_path: Path) -> Callable[..., str]:
-    write_checkpoint("llama", CONFIG, tmp_path / "model")
+    file = write_checkpoint("llama", CONFIG, tmp_path / "model") / "model.safetensors"
+    narrow = {name: tensor.bfloat16() for name, tensor in load_file(file).items()}
+    save_file(narrow, file, metadata={"format": "pt"})
     chats = [((f"{n} " * 90, "user"), ("no " * 80, "assistant")) for n in range(8)]
     rows = [{"messages": [{"role": role, "content": text} for text, role in c]} for c in chats]
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
@@ -53,16 +58,27 @@ def losses(run: Path) -> list[float]:
     return [json.loads(line)["loss"] for line in lines]
 
 
-@pytest.mark.usefixtures("amx")
-@pytest.mark.parametrize("quantization", ["", "nf4"])
-def test_the_same_losses_as_on_torch(recipe: str, tmp_path: Path, quantization: str) -> None:
-    changed = {"quantization.name": quantization} if quantization else {}
+CHANGES = {
+    "fp32": {},
+    "stored in bf16": {"precision.storage": "checkpoint"},
+    "nf4": {"quantization.name": "nf4"},
+}
+
+
+def test_conformance(library: KernelLibrary) -> None:
+    check_kernels(library)
+
+
+@pytest.mark.parametrize("changes", CHANGES.values(), ids=CHANGES)
+def test_the_same_losses_as_on_torch(
+    library: KernelLibrary, recipe: str, tmp_path: Path, changes: dict[str, object]
+) -> None:
     runs = {}
-    for name, kernels in (("torch", "torch"), ("amx", "amx"), ("again", "amx")):
-        overrides = {"training.kernels": kernels, **changed}
+    for name, kernels in (("torch", "torch"), ("ours", library.name), ("again", library.name)):
+        overrides = {"training.kernels": kernels, **changes}
         runs[name] = lorakit.train(recipe, overrides=overrides, output=tmp_path / name).output
-    assert losses(runs["amx"]) == pytest.approx(losses(runs["torch"]), rel=1e-5)
-    assert losses(runs["amx"]) == losses(runs["again"])
+    assert losses(runs["ours"]) == pytest.approx(losses(runs["torch"]), rel=1e-5)
+    assert losses(runs["ours"]) == losses(runs["again"])
     weights = [(runs[name] / "adapter" / "adapter_model.safetensors") for name in runs]
     assert weights[1].read_bytes() == weights[2].read_bytes()
     # Rounded otherwise somewhere: the kernels have been at work.
@@ -71,17 +87,18 @@ def test_the_same_losses_as_on_torch(recipe: str, tmp_path: Path, quantization: 
 
 def test_what_cannot_be_built_is_told() -> None:
     """Without a compiler the plugin is there all the same, and says why it cannot be used."""
-    pytest.importorskip("lorakit_amx")
+    pytest.importorskip("lorakit_x86")
     code = (
-        "import sys; sys.modules['lorakit_amx._kernels'] = None\n"
-        "import lorakit_amx; print(lorakit_amx.unusable())"
+        "import sys; sys.modules['lorakit_x86._kernels'] = None\n"
+        "import lorakit_x86; print(lorakit_x86.unusable(0))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert "not built, for want of a C compiler" in done.stdout
 
 
-def test_threads_of_torchs_own(amx: Kernels) -> None:
-    from lorakit_amx.kernels import _threads
+@pytest.mark.usefixtures("library")
+def test_threads_of_torchs_own() -> None:
+    from lorakit_x86.kernels import _threads
 
     threads, parallel = _threads()
     if parallel == 0:

@@ -7,22 +7,29 @@
  * row with those of the right one's column.  Which numbers form a pair does not matter, if it is the
  * same on both sides: here those 16 apart, for both then lie in the same place of two vectors.
  */
-#ifndef LORAKIT_BLOCKS_H
-#define LORAKIT_BLOCKS_H
+#ifndef LORAKIT_BLOCKS_AMX_H
+#define LORAKIT_BLOCKS_AMX_H
 
 #include "parts.h"
 
-#if LORAKIT_HAS_AMX
+#define UNITS AMX
+#define UNITS_INLINE AMX_INLINE
+
+#include "blocks.h"
+
+#if LORAKIT_HAS_KERNELS
 
 typedef uint16_t bf16;
+typedef bf16 element; /* of a factor */
 
 enum {
-  SIDE = 32,           /* of a block */
-  AREA = SIDE * SIDE,  /* of a block */
-  TILE = TILE_NUMBERS, /* bf16 in a tile */
-  PART = 2 * TILE,     /* bf16 in one part of a block */
-  BLOCK = 3 * PART,    /* bf16 in a block */
+  PART = 2 * TILE,  /* bf16 in one part of a block */
+  BLOCK = 3 * PART, /* bf16 in a block */
 };
+
+AMX_INLINE void begin_products(void) { configure_tiles(); }
+
+AMX_INLINE void end_products(void) { _tile_release(); }
 
 /* Two vectors to one row of a tile, in each of the three parts. */
 AMX_INLINE void split(__m512 x, __m512 y, bf16 *row) {
@@ -34,6 +41,14 @@ AMX_INLINE void split(__m512 x, __m512 y, bf16 *row) {
     x = _mm512_sub_ps(x, _mm512_castsi512_ps(_mm512_and_si512(bits_x, upper)));
     y = _mm512_sub_ps(y, _mm512_castsi512_ps(_mm512_and_si512(bits_y, upper)));
   }
+}
+
+/* A row of a left factor, its two halves. */
+AMX_INLINE void split_left(__m512 x, __m512 y, bf16 *row) { split(x, y, row); }
+
+/* Halves of rows i and i + 16 of a right factor. */
+AMX_INLINE void split_right(__m512 x, __m512 y, bf16 *row, int half) {
+  split(x, y, row + half * TILE);
 }
 
 /* Rows i and i + 16 of a block, their halves x[0][0], x[0][1] and x[1][0], x[1][1]: as a left and
@@ -59,23 +74,6 @@ AMX_INLINE void split_rows(__m512 x[2][2], bf16 *left, bf16 *right) {
   }
 }
 
-/* 16 columns of up to 16 rows; rows beyond those there are, are zeros. */
-AMX_INLINE void load_rows(const float *from, long stride, long there, __m512 rows[16]) {
-  for (int i = 0; i < 16; i++)
-    rows[i] = i < there ? _mm512_loadu_ps(from + i * stride) : _mm512_setzero_ps();
-}
-
-/* How a block of a matrix X is used: as left or right factor, and which of its indices the product
- * sums over.  The other factor's rows or columns are those of X or of its transpose. */
-enum use {
-  LEFT = 0,               /* X Y: sums over columns */
-  LEFT_TRANSPOSED = 3,    /* X^T Y: sums over rows */
-  RIGHT = 1,              /* Y X: sums over rows */
-  RIGHT_TRANSPOSED = 2,   /* Y X^T: sums over columns */
-  SUMS_ROWS = 1,
-  TRANSPOSES = 2,
-};
-
 /* A 32 x 32 block of X, scaled, as parts in tiles. */
 AMX_INLINE void pack_scaled(const float *x, long stride, long rows, enum use use, float scale,
                             bf16 *to) {
@@ -98,10 +96,6 @@ AMX_INLINE void pack_scaled(const float *x, long stride, long rows, enum use use
   }
 }
 
-AMX_INLINE void pack_block(const float *x, long stride, long rows, enum use use, bf16 *to) {
-  pack_scaled(x, stride, rows, use, 1, to);
-}
-
 AMX_INLINE void load_left(const bf16 *a) {
   _tile_loadd(4, a, 64);
   _tile_loadd(5, a + TILE, 64);
@@ -117,25 +111,6 @@ AMX_INLINE void multiply_tiles(void) {
   _tile_dpbf16ps(1, 4, 7);
   _tile_dpbf16ps(2, 5, 6);
   _tile_dpbf16ps(3, 5, 7);
-}
-
-/* Work for the vector units, in steps, done while the tile unit multiplies: alternating
- * instructions of the two keep both busy. */
-struct work {
-  long left;             /* steps */
-  long credit, interval; /* 16 steps for every `interval` products of tiles */
-};
-
-typedef void (*step_fn)(struct work *);
-
-AMX_INLINE void do_step(struct work *work, step_fn step) {
-  work->left--;
-  step(work);
-}
-
-AMX_INLINE void finish_work(struct work *work, step_fn step) {
-  while (work->left > 0)
-    do_step(work, step);
 }
 
 AMX_INLINE void multiply_and_work(struct work *work, step_fn step) {

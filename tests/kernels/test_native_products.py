@@ -1,4 +1,4 @@
-"""Products by lorakit-amx: as near to the exact ones as torch's in fp32."""
+"""Products by lorakit-x86: as near to the exact ones as torch's in fp32."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ SIZES = st.one_of(
     seed=st.integers(0, 2**31),
 )
 def test_as_exact_as_fp32(
-    amx: Kernels,
+    native: Kernels,
     rows: int,
     columns: int,
     inner: int,
@@ -59,7 +59,7 @@ def test_as_exact_as_fp32(
     out = start[:, :columns]
     before = out.double()
 
-    amx.multiply(out, x, weight, transposed=transposed, add=add)
+    native.multiply(out, x, weight, transposed=transposed, add=add)
 
     wide = (weight.t() if transposed else weight).double()
     exact = x.double() @ wide + (before if add else 0)
@@ -71,13 +71,13 @@ def test_as_exact_as_fp32(
 
 @pytest.mark.parametrize("exact", [True, False], ids=["bf16 numbers", "others"])
 @pytest.mark.parametrize("inner", [576, 5000])
-def test_errors_are_those_of_torch(amx: Kernels, exact: bool, inner: int) -> None:
+def test_errors_are_those_of_torch(native: Kernels, exact: bool, inner: int) -> None:
     """The mean over many, of long sums too."""
     x = torch.randn(300, inner)
     weight = torch.randn(200, inner)
     weight = weight.bfloat16().float() if exact else weight
     out = torch.empty(300, 200)
-    amx.multiply(out, x, weight, transposed=True, add=False)
+    native.multiply(out, x, weight, transposed=True, add=False)
     reference = x.double() @ weight.double().t()
     error = (out - reference).square().mean().sqrt()
     of_torch = (x @ weight.t() - reference).square().mean().sqrt()
@@ -87,25 +87,25 @@ def test_errors_are_those_of_torch(amx: Kernels, exact: bool, inner: int) -> Non
 @pytest.mark.usefixtures("two_threads")
 @pytest.mark.parametrize(("rows", "columns"), [(700, 100), (100, 700), (33, 33)])
 @pytest.mark.parametrize("transposed", [True, False])
-def test_threads_change_nothing(amx: Kernels, rows: int, columns: int, transposed: bool) -> None:
+def test_threads_change_nothing(native: Kernels, rows: int, columns: int, transposed: bool) -> None:
     x = torch.randn(rows, 300)
     weight = torch.randn((columns, 300) if transposed else (300, columns))
     results = []
     for threads in (2, 1, 2):
         torch.set_num_threads(threads)
         out = torch.empty(rows, columns)
-        amx.multiply(out, x, weight, transposed=transposed, add=False)
+        native.multiply(out, x, weight, transposed=transposed, add=False)
         results.append(out)
     assert torch.equal(results[0], results[1])
     assert torch.equal(results[0], results[2])
 
 
-def test_what_is_not_a_number_stays_none(amx: Kernels) -> None:
+def test_what_is_not_a_number_stays_none(native: Kernels) -> None:
     x = torch.randn(40, 70)
     x[7, 5] = math.nan
     x[9, 6] = math.inf
     out = torch.empty(40, 80)
-    amx.multiply(out, x, torch.randn(80, 70), transposed=True, add=False)
+    native.multiply(out, x, torch.randn(80, 70), transposed=True, add=False)
     finite = out.isfinite().all(dim=1)
     assert not finite[7]
     assert not finite[9]

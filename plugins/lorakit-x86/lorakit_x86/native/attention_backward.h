@@ -1,7 +1,7 @@
 /* The backward pass of attention: see attention.h. */
 #include "attention_task.h"
 
-#if LORAKIT_HAS_AMX
+#if LORAKIT_HAS_KERNELS
 
 /* Memory to bring into the cache before it is needed, some bytes with every step of some work. */
 struct fetch {
@@ -14,7 +14,7 @@ static struct fetch fetch_row(const void *from, size_t bytes) {
   return (struct fetch){from, (long)bytes / (16 * WIDTH)};
 }
 
-AMX_INLINE void fetch_some(struct fetch *fetch) {
+UNITS_INLINE void fetch_some(struct fetch *fetch) {
   for (long at = 0; at < fetch->bytes; at += 64)
     _mm_prefetch(fetch->next + at, _MM_HINT_T1);
   fetch->next += fetch->bytes;
@@ -26,12 +26,12 @@ struct gradients {
   struct work work;
   const float *scores;
   float *dweights; /* becomes the gradients of scores */
-  bf16 *weights;
+  element *weights;
   const float *normalizer, *delta;
   struct fetch fetches[5];
 };
 
-AMX_INLINE void gradients_step(struct work *work) {
+UNITS_INLINE void gradients_step(struct work *work) {
   struct gradients *own = (struct gradients *)work;
   for (int i = 0; i < 5; i++)
     fetch_some(&own->fetches[i]);
@@ -47,7 +47,7 @@ AMX_INLINE void gradients_step(struct work *work) {
       __m512 excess = _mm512_sub_ps(_mm512_load_ps(dweight), delta);
       _mm512_store_ps(dweight, _mm512_mul_ps(weights[half], excess));
     }
-    split(weights[0], weights[1], own->weights + row * TILE);
+    split_left(weights[0], weights[1], own->weights + row * TILE);
   }
   own->scores += SIDE;
   own->dweights += SIDE;
@@ -65,12 +65,12 @@ AMX_INLINE void gradients_step(struct work *work) {
 struct splitting {
   struct work work;
   const float *from;
-  bf16 *left, *right;
+  element *left, *right;
   long key, query, query_count; /* the block */
   int diagonal;                 /* whether the group is: without queries that come before keys */
 };
 
-AMX_INLINE void splitting_step(struct work *work) {
+UNITS_INLINE void splitting_step(struct work *work) {
   struct splitting *own = (struct splitting *)work;
   long i = 15 - work->left % 16, at = own->key * WIDTH + own->query;
   const float *from = own->from + at * AREA + i * SIDE;
@@ -78,8 +78,8 @@ AMX_INLINE void splitting_step(struct work *work) {
       {_mm512_load_ps(from), _mm512_load_ps(from + 16)},
       {_mm512_load_ps(from + AREA / 2), _mm512_load_ps(from + AREA / 2 + 16)},
   };
-  bf16 *left = own->left + at * BLOCK + i * SIDE;
-  bf16 *right = own->right + (own->query * WIDTH + own->key) * BLOCK + i * SIDE;
+  element *left = own->left + at * BLOCK + i * SIDE;
+  element *right = own->right + (own->query * WIDTH + own->key) * BLOCK + i * SIDE;
   for (int n = 0; n < BLOCK / TILE; n++) { /* where later rows go */
     __builtin_prefetch(left + n * TILE + 4 * SIDE, 1);
     __builtin_prefetch(right + n * TILE + 4 * SIDE, 1);
@@ -93,18 +93,18 @@ AMX_INLINE void splitting_step(struct work *work) {
 
 /* A thread's memory: a group of queries and what is computed of it and a group of keys. */
 struct backward {
-  bf16 *q_right, *q_transposed, *dout_right, *dout_transposed; /* [query block][column][BLOCK] */
+  element *q_right, *q_transposed, *dout_right, *dout_transposed; /* [query block][column][BLOCK] */
   float *dq;                                                   /* [query block][column][AREA] */
   float *normalizer, *delta;                                   /* [query block][SIDE] */
   float *scores[2];                                            /* [query block][AREA] */
   float *dscores;                                              /* [key block][query block][AREA] */
-  bf16 *weights_left, *dscores_left; /* [key block][query block][BLOCK] */
-  bf16 *dscores_right;               /* [query block][key block][BLOCK] */
+  element *weights_left, *dscores_left; /* [key block][query block][BLOCK] */
+  element *dscores_right;               /* [query block][key block][BLOCK] */
 };
 
 static struct backward backward_memory(char **from, long columns) {
-  const size_t packed = (size_t)(WIDTH * columns * BLOCK) * sizeof(bf16);
-  const size_t group = WIDTH * WIDTH * BLOCK * sizeof(bf16), block = AREA * sizeof(float);
+  const size_t packed = (size_t)(WIDTH * columns * BLOCK) * sizeof(element);
+  const size_t group = WIDTH * WIDTH * BLOCK * sizeof(element), block = AREA * sizeof(float);
   struct backward memory;
   memory.q_right = take(from, packed);
   memory.q_transposed = take(from, packed);
@@ -123,7 +123,7 @@ static struct backward backward_memory(char **from, long columns) {
 }
 
 /* Packs a block of queries and of gradients. */
-AMX static void pack_gradients(struct task *task, struct backward *memory, long head, long block,
+UNITS static void pack_gradients(struct task *task, struct backward *memory, long head, long block,
                                long at) {
   const long row = block * SIDE, there = task->tokens - row, offset = head * task->head_dim;
   const long out_stride = task->heads * task->head_dim;
@@ -150,25 +150,25 @@ AMX static void pack_gradients(struct task *task, struct backward *memory, long 
   }
 }
 
-AMX static void multiply_and_weigh(const bf16 *a, const bf16 *b, long count, float *c,
+UNITS static void multiply_and_weigh(const element *a, const element *b, long count, float *c,
                                    struct work *work) {
   multiply(a, BLOCK, b, BLOCK, count, c, 0, work, gradients_step);
 }
 
-AMX static void multiply_and_split(const bf16 *a, long a_step, const bf16 *b, long b_step,
+UNITS static void multiply_and_split(const element *a, long a_step, const element *b, long b_step,
                                    long count, float *c, int add, struct work *work) {
   multiply(a, a_step, b, b_step, count, c, add, work, splitting_step);
 }
 
 /* A group of keys, and what each of its keys gets from queries. */
 struct keys {
-  const bf16 *k, *k_transposed, *v;
+  const element *k, *k_transposed, *v;
   float *dk, *dv;
   long count;
 };
 
 /* Weights and gradients of scores, of a group of keys and a group of queries. */
-AMX static void weigh_group(struct task *task, struct backward *memory, const struct keys *keys,
+UNITS static void weigh_group(struct task *task, struct backward *memory, const struct keys *keys,
                             long queries, int diagonal) {
   const long columns = task->columns, packed = columns * BLOCK;
   struct gradients pending = {.work = {.interval = 12 * columns}};
@@ -197,9 +197,9 @@ AMX static void weigh_group(struct task *task, struct backward *memory, const st
       /* A part of the next group of keys. */
       const long next = i + WIDTH;
       struct fetch *fetches = pending.fetches;
-      fetches[0] = fetch_row(keys->k + next * packed, packed * sizeof(bf16));
-      fetches[1] = fetch_row(keys->k_transposed + next * packed, packed * sizeof(bf16));
-      fetches[2] = fetch_row(keys->v + next * packed, packed * sizeof(bf16));
+      fetches[0] = fetch_row(keys->k + next * packed, packed * sizeof(element));
+      fetches[1] = fetch_row(keys->k_transposed + next * packed, packed * sizeof(element));
+      fetches[2] = fetch_row(keys->v + next * packed, packed * sizeof(element));
       fetches[3] = fetch_row(keys->dk + next * columns * AREA, columns * AREA * sizeof(float));
       fetches[4] = fetch_row(keys->dv + next * columns * AREA, columns * AREA * sizeof(float));
     }
@@ -208,7 +208,7 @@ AMX static void weigh_group(struct task *task, struct backward *memory, const st
 }
 
 /* Adds what a group of keys and a group of queries get from each other. */
-AMX static void add_gradients(struct task *task, struct backward *memory, const struct keys *keys,
+UNITS static void add_gradients(struct task *task, struct backward *memory, const struct keys *keys,
                               long queries, int diagonal, int first_queries, int first_keys) {
   const long columns = task->columns, packed = columns * BLOCK;
   long blocks = diagonal ? queries * (queries + 1) / 2 : queries * keys->count;
@@ -243,7 +243,7 @@ AMX static void add_gradients(struct task *task, struct backward *memory, const 
 }
 
 /* dq of 32 queries, from its transpose. */
-AMX static void write_dq(struct task *task, const float *from, long head, long block) {
+UNITS static void write_dq(struct task *task, const float *from, long head, long block) {
   const long stride = task->heads * task->head_dim;
   float *to = task->dq + block * SIDE * stride + head * task->head_dim;
   for (long column = 0; column < 2 * task->columns; column++)
@@ -265,7 +265,7 @@ static long split_start(struct task *task, long split) {
 }
 
 /* Gradients of a group of queries of one head, and of the keys they see. */
-AMX static void backward_group(struct task *task, struct backward *memory, long head, long split,
+UNITS static void backward_group(struct task *task, struct backward *memory, long head, long split,
                                long group) {
   const long columns = task->columns, packed = columns * BLOCK, first = group * WIDTH;
   const long queries = smaller(WIDTH, task->blocks - first);
@@ -290,21 +290,21 @@ AMX static void backward_group(struct task *task, struct backward *memory, long 
     write_dq(task, memory->dq + j * columns * AREA, head, first + j);
 }
 
-AMX static void backward_items(void *data) {
+UNITS static void backward_items(void *data) {
   struct task *task = data;
   char *own = task->scratch + atomic_fetch_add(&task->threads_begun, 1) * task->scratch_size;
   struct backward memory = backward_memory(&own, task->columns);
-  configure_tiles();
+  begin_products();
   for (long item; (item = atomic_fetch_add(&task->next, 1)) < task->heads * task->splits;) {
     const long head = item % task->heads, split = task->splits - 1 - item / task->heads;
     for (long i = split_start(task, split); i < split_start(task, split + 1); i++)
       backward_group(task, &memory, head, split, i);
   }
-  _tile_release();
+  end_products();
 }
 
 /* dk or dv of 32 keys: the sum of those for each query head and split. */
-AMX_INLINE void sum_parts(struct task *task, const float *parts, long kv_head, long block,
+UNITS_INLINE void sum_parts(struct task *task, const float *parts, long kv_head, long block,
                           float scale, float *to) {
   const long group = task->heads / task->kv_heads, stride = task->kv_heads * task->head_dim;
   const long between = task->blocks * task->columns * AREA;
@@ -324,7 +324,7 @@ AMX_INLINE void sum_parts(struct task *task, const float *parts, long kv_head, l
     }
 }
 
-AMX static void sum_items(void *data) {
+UNITS static void sum_items(void *data) {
   struct task *task = data;
   for (long item; (item = atomic_fetch_add(&task->next, 1)) < task->kv_heads * task->blocks;) {
     const long head = item / task->blocks, block = item % task->blocks;
@@ -347,7 +347,7 @@ static size_t sums_size(const struct task *task) {
 
 static long splits_of(const struct task *task) { return task->groups < 2 ? 1 : 2; }
 
-long attention_bytes(long tokens, long heads, long kv_heads, long head_dim, int threads) {
+static long attention_bytes(long tokens, long heads, long kv_heads, long head_dim, int threads) {
   struct task task = {.heads = heads, .kv_heads = kv_heads, .blocks = divided_up(tokens, SIDE),
                       .columns = head_dim / SIDE, .groups = divided_up(tokens, WIDTH * SIDE)};
   task.splits = splits_of(&task);
@@ -357,7 +357,7 @@ long attention_bytes(long tokens, long heads, long kv_heads, long head_dim, int 
   return (long)(forward > backward ? forward : backward);
 }
 
-void attend_backward(const float *dout, const float *q, const float *k, const float *v,
+static void attend_backward(const float *dout, const float *q, const float *k, const float *v,
                      const float *out, const float *normalizer, float *dq, float *dk, float *dv,
                      char *workspace, long tokens, long heads, long kv_heads, long head_dim,
                      long dout_stride, long q_stride, long k_stride, long v_stride, float scale,

@@ -5,14 +5,16 @@ from __future__ import annotations
 import ctypes
 from functools import cache
 from pathlib import Path
+from types import ModuleType
 
 import torch
 from torch import Tensor
 
-from lorakit_amx import _kernels
+from lorakit_x86 import AMX, AVX512
+
 
 FEWEST_ROWS = 64
-"""Rows from which on a product is faster than MKL's."""
+"""Rows from which on a product on AMX is faster than MKL's."""
 NARROWEST = 64
 """Width of a weight from which on it is."""
 
@@ -21,21 +23,28 @@ SHORTEST = 32
 HEAD_DIMS = range(32, 257, 32)
 
 
-class AMXKernels:
-    """See `lorakit.protocols.Kernels`."""
+class AVX512Kernels:
+    """See `lorakit.protocols.Kernels`.
+
+    Args:
+        native: What is compiled.
+    """
+
+    units = AVX512
+
+    def __init__(self, native: ModuleType) -> None:
+        self.native = native
 
     def multiplies(self, rows: int, weight: Tensor) -> bool:
-        if weight.dtype == torch.bfloat16:
-            # Others would have to widen it first.
-            return True
-        worthwhile = rows >= FEWEST_ROWS and min(weight.shape) >= NARROWEST
-        return worthwhile and weight.dtype == torch.float32
+        # Others would have to widen it first.
+        return weight.dtype == torch.bfloat16
 
     def multiply(
         self, out: Tensor, x: Tensor, weight: Tensor, *, transposed: bool, add: bool
     ) -> None:
         rows, inner = x.shape
-        _kernels.multiply(
+        self.native.multiply(
+            self.units,
             out.data_ptr(),
             out.stride(0),
             x.data_ptr(),
@@ -55,22 +64,23 @@ class AMXKernels:
         return True
 
     def gate(self, g: Tensor, u: Tensor, out: Tensor) -> None:
-        _kernels.gate(*_places(out, g, u), *out.shape, *_threads())
+        self.native.gate(*_places(out, g, u), *out.shape, *_threads())
 
     def gate_backward(self, dout: Tensor, g: Tensor, u: Tensor, dg: Tensor, du: Tensor) -> None:
-        _kernels.gate_backward(*_places(dg, du, dout, g, u), *g.shape, *_threads())
+        self.native.gate_backward(*_places(dg, du, dout, g, u), *g.shape, *_threads())
 
     def attends(self, q: Tensor, k: Tensor) -> bool:
         return len(q) >= SHORTEST and q.shape[-1] in HEAD_DIMS
 
     def attention_bytes(self, q: Tensor, k: Tensor) -> int:
-        return _kernels.attention_bytes(*_sizes(q, k), _threads()[0])
+        return self.native.attention_bytes(self.units, *_sizes(q, k), _threads()[0])
 
     def attend(
         self, q: Tensor, k: Tensor, v: Tensor, scale: float, out: Tensor, workspace: Tensor
     ) -> Tensor:
         normalizer = q.new_empty(q.shape[1], len(q))
-        _kernels.attend(
+        self.native.attend(
+            self.units,
             *(x.data_ptr() for x in (q, k, v, out, normalizer, workspace)),
             *_sizes(q, k),
             *(x.stride(0) for x in (q, k, v)),
@@ -91,13 +101,24 @@ class AMXKernels:
         into: tuple[Tensor, Tensor, Tensor],
         workspace: Tensor,
     ) -> None:
-        _kernels.attend_backward(
+        self.native.attend_backward(
+            self.units,
             *(x.data_ptr() for x in (dout, q, k, v, out, kept, *into, workspace)),
             *_sizes(q, k),
             *(x.stride(0) for x in (dout, q, k, v)),
             scale,
             *_threads(),
         )
+
+
+class AMXKernels(AVX512Kernels):
+    """The same, but products and attention on AMX."""
+
+    units = AMX
+
+    def multiplies(self, rows: int, weight: Tensor) -> bool:
+        worthwhile = rows >= FEWEST_ROWS and min(weight.shape) >= NARROWEST
+        return super().multiplies(rows, weight) or (worthwhile and weight.dtype == torch.float32)
 
 
 def _places(*tensors: Tensor) -> tuple[int, ...]:

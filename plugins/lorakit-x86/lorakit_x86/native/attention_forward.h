@@ -1,13 +1,13 @@
 /* The forward pass of attention, and what the backward pass shares with it: see attention.h. */
 #include "attention_task.h"
 
-#if LORAKIT_HAS_AMX
+#if LORAKIT_HAS_KERNELS
 
-size_t packed_size(const struct task *task) {
-  return (size_t)(task->kv_heads * task->blocks * task->columns * BLOCK) * sizeof(bf16);
+static size_t packed_size(const struct task *task) {
+  return (size_t)(task->kv_heads * task->blocks * task->columns * BLOCK) * sizeof(element);
 }
 
-void run_items(struct task *task, void (*fn)(void *), int threads, parallel_fn parallel) {
+static void run_items(struct task *task, void (*fn)(void *), int threads, parallel_fn parallel) {
   atomic_store(&task->next, 0);
   atomic_store(&task->threads_begun, 0);
   if (threads > 1)
@@ -16,7 +16,7 @@ void run_items(struct task *task, void (*fn)(void *), int threads, parallel_fn p
     fn(task);
 }
 
-AMX void attention_pack_keys(void *data) {
+UNITS static void attention_pack_keys(void *data) {
   struct task *task = data;
   for (long item; (item = atomic_fetch_add(&task->next, 1)) < task->kv_heads * task->blocks;) {
     long head = item / task->blocks, row = item % task->blocks * SIDE;
@@ -42,11 +42,11 @@ struct state {
 struct exponentials {
   struct work work;
   const float *scores;
-  bf16 *weights;
+  element *weights;
   __m512 factor, offset[2], sum[2];
 };
 
-AMX_INLINE void exponentials_step(struct work *work) {
+UNITS_INLINE void exponentials_step(struct work *work) {
   struct exponentials *own = (struct exponentials *)work;
   for (int half = 0; half < 2; half++) {
     const float *row = own->scores + 16 * half;
@@ -55,7 +55,7 @@ AMX_INLINE void exponentials_step(struct work *work) {
     x = power_of_2(x);
     y = power_of_2(y);
     own->sum[half] = _mm512_add_ps(own->sum[half], _mm512_add_ps(x, y));
-    split(x, y, own->weights + half * TILE);
+    split_right(x, y, own->weights, half);
   }
   own->scores += SIDE;
   own->weights += SIDE;
@@ -70,13 +70,13 @@ struct chunk {
   long key, count, query;
   struct exponentials exponentials;
   float *scores; /* [WIDTH][AREA] */
-  bf16 *weights; /* [WIDTH][BLOCK] */
+  element *weights; /* [WIDTH][BLOCK] */
 };
 
 /* A thread's memory. */
 struct forward {
-  const bf16 *k, *v;      /* of the head */
-  bf16 *q;                /* [WIDTH][column][BLOCK] */
+  const element *k, *v;      /* of the head */
+  element *q;                /* [WIDTH][column][BLOCK] */
   float *out;             /* [WIDTH][column][AREA], transposed */
   struct state *state;    /* [WIDTH] */
   struct chunk chunks[3]; /* at their three stages: see attend_group */
@@ -84,19 +84,19 @@ struct forward {
 
 static struct forward forward_memory(char **from, long columns) {
   struct forward memory = {0};
-  memory.q = take(from, WIDTH * columns * BLOCK * sizeof(bf16));
+  memory.q = take(from, WIDTH * columns * BLOCK * sizeof(element));
   memory.out = take(from, WIDTH * columns * AREA * sizeof(float));
   memory.state = take(from, WIDTH * sizeof(struct state));
   for (int i = 0; i < 3; i++) {
     memory.chunks[i].scores = take(from, WIDTH * AREA * sizeof(float));
-    memory.chunks[i].weights = take(from, WIDTH * BLOCK * sizeof(bf16));
+    memory.chunks[i].weights = take(from, WIDTH * BLOCK * sizeof(element));
   }
   return memory;
 }
 
 /* Raises the maximum, if new scores are so far above it that exponentials might overflow: seldom,
  * for then what was summed up must be scaled. */
-AMX_INLINE void raise_maximum(struct state *state, const float *scores, long count, __m512 factor,
+UNITS_INLINE void raise_maximum(struct state *state, const float *scores, long count, __m512 factor,
                               float *out, long columns) {
   __m512 seen[2] = {state->maximum[0], state->maximum[1]};
   for (long i = 0; i < count * SIDE; i++)
@@ -117,13 +117,13 @@ AMX_INLINE void raise_maximum(struct state *state, const float *scores, long cou
 }
 
 /* Once, not in each place: the steps make it long. */
-AMX static void multiply_and_exponentiate(const bf16 *a, long a_step, const bf16 *b, long b_step,
+UNITS static void multiply_and_exponentiate(const element *a, long a_step, const element *b, long b_step,
                                           long count, float *c, int add, struct work *work) {
   multiply(a, a_step, b, b_step, count, c, add, work, exponentials_step);
 }
 
 /* First stage: scores. */
-AMX_INLINE void begin_chunk(struct task *task, struct forward *memory, struct chunk *chunk,
+UNITS_INLINE void begin_chunk(struct task *task, struct forward *memory, struct chunk *chunk,
                             int diagonal, struct work *work) {
   const long packed = task->columns * BLOCK;
   for (long i = 0; i < chunk->count; i++)
@@ -135,7 +135,7 @@ AMX_INLINE void begin_chunk(struct task *task, struct forward *memory, struct ch
 }
 
 /* Second stage: exponentials. */
-AMX_INLINE void plan_exponentials(struct task *task, struct forward *memory, struct chunk *chunk) {
+UNITS_INLINE void plan_exponentials(struct task *task, struct forward *memory, struct chunk *chunk) {
   struct state *state = memory->state + chunk->query;
   __m512 factor = _mm512_set1_ps(LOG2_E);
   raise_maximum(state, chunk->scores, chunk->count, factor,
@@ -150,7 +150,7 @@ AMX_INLINE void plan_exponentials(struct task *task, struct forward *memory, str
   };
 }
 
-AMX_INLINE void finish_exponentials(struct forward *memory, struct chunk *chunk) {
+UNITS_INLINE void finish_exponentials(struct forward *memory, struct chunk *chunk) {
   finish_work(&chunk->exponentials.work, exponentials_step);
   struct state *state = memory->state + chunk->query;
   for (int half = 0; half < 2; half++)
@@ -158,7 +158,7 @@ AMX_INLINE void finish_exponentials(struct forward *memory, struct chunk *chunk)
 }
 
 /* Third stage: adds the values of a chunk's keys, weighted. */
-AMX_INLINE void finish_chunk(struct task *task, struct forward *memory, struct chunk *chunk,
+UNITS_INLINE void finish_chunk(struct task *task, struct forward *memory, struct chunk *chunk,
                              struct work *work) {
   const long columns = task->columns;
   float *out = memory->out + chunk->query * columns * AREA;
@@ -169,7 +169,7 @@ AMX_INLINE void finish_chunk(struct task *task, struct forward *memory, struct c
 }
 
 /* Results of 32 queries, to their rows of `out`. */
-AMX static void finish_queries(struct task *task, long head, long block, const float *sums,
+UNITS static void finish_queries(struct task *task, long head, long block, const float *sums,
                                struct state *state) {
   float offset[SIDE], sum[SIDE];
   __m512 inverse[2];
@@ -197,7 +197,7 @@ AMX static void finish_queries(struct task *task, long head, long block, const f
     }
 }
 
-AMX static void pack_queries(struct task *task, struct forward *memory, long head, long block,
+UNITS static void pack_queries(struct task *task, struct forward *memory, long head, long block,
                              long at) {
   const float *q = task->q + block * SIDE * task->q_stride + head * task->head_dim;
   for (long c = 0; c < task->columns; c++)
@@ -211,7 +211,7 @@ AMX static void pack_queries(struct task *task, struct forward *memory, long hea
 }
 
 /* Attention of a group of queries of one head. */
-AMX static void attend_group(struct task *task, struct forward *memory, long head, long group) {
+UNITS static void attend_group(struct task *task, struct forward *memory, long head, long group) {
   const long columns = task->columns, packed = columns * BLOCK, first = group * WIDTH;
   const long count = smaller(WIDTH, task->blocks - first);
   const long kv_head = head / (task->heads / task->kv_heads);
@@ -253,25 +253,25 @@ AMX static void attend_group(struct task *task, struct forward *memory, long hea
     finish_queries(task, head, first + i, memory->out + i * columns * AREA, memory->state + i);
 }
 
-AMX static void attend_items(void *data) {
+UNITS static void attend_items(void *data) {
   struct task *task = data;
   char *own = task->scratch + atomic_fetch_add(&task->threads_begun, 1) * task->scratch_size;
   struct forward memory = forward_memory(&own, task->columns);
-  configure_tiles();
+  begin_products();
   for (long item; (item = atomic_fetch_add(&task->next, 1)) < task->heads * task->groups;)
     /* Those with most keys first, for the threads to end at about the same time. */
     attend_group(task, &memory, item % task->heads, task->groups - 1 - item / task->heads);
-  _tile_release();
+  end_products();
 }
 
 /* The size of a thread's memory. */
-size_t forward_size(long columns) {
+static size_t forward_size(long columns) {
   char *end = NULL;
   forward_memory(&end, columns);
   return (size_t)end;
 }
 
-void attend(const float *q, const float *k, const float *v, float *out, float *normalizer,
+static void attend(const float *q, const float *k, const float *v, float *out, float *normalizer,
             char *workspace, long tokens, long heads, long kv_heads, long head_dim, long q_stride,
             long k_stride, long v_stride, float scale, int threads, parallel_fn parallel) {
   struct task task = {

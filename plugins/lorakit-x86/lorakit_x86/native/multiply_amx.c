@@ -4,12 +4,9 @@
    on the way.  A block of W is split into three only if it is not bf16 already, which the first
    copy of it finds out. */
 #include "multiply.h"
+#include "parts.h"
 
-#if LORAKIT_HAS_AMX
-
-#include <pthread.h>
-#include <stdatomic.h>
-#include <stdlib.h>
+#if LORAKIT_HAS_KERNELS
 
 /* Results are made 16 rows by 64 columns at a time, four tiles of sums: 16 rows of x in three parts
    then take the other registers but one, through which W goes. */
@@ -20,34 +17,14 @@ enum { WIDE = 64, ACROSS = WIDE / TILE_ROWS };
    holds beside all rows. */
 enum { ROWS = 256, INNER = 288, WEIGHT_BYTES = 1 << 19 };
 
-typedef struct {
-  float *out;
-  long out_stride;
-  const float *x;
-  long x_stride;
-  matrix weight;
-  int transposed;
-  long rows, columns, inner;
-  int add;
-} product;
-
 /* 32 numbers of a row from `at` on, or fewer and zeros behind them. */
 AMX_INLINE numbers load(const float *row, long at, long left) {
-  const uint32_t mask = left >= DEPTH ? 0xFFFFFFFFu : (1u << left) - 1;
-  numbers x = {_mm512_maskz_loadu_ps((__mmask16)mask, row + at),
-               _mm512_maskz_loadu_ps((__mmask16)(mask >> 16), row + at + 16)};
+  numbers x = {load_numbers(row + at, left), load_numbers(row + at + 16, left - 16)};
   return x;
 }
 
 AMX_INLINE numbers load_weights(matrix w, long row, long at, long left) {
-  if (!w.bf16) return load((const float *)w.values + row * w.stride, at, left);
-  const uint32_t mask = left >= DEPTH ? 0xFFFFFFFFu : (1u << left) - 1;
-  const uint16_t *from = (const uint16_t *)w.values + row * w.stride + at;
-  const __m512i all = _mm512_maskz_loadu_epi16(mask, from);
-  const __m512i low = _mm512_cvtepu16_epi32(_mm512_castsi512_si256(all));
-  const __m512i high = _mm512_cvtepu16_epi32(_mm512_extracti64x4_epi64(all, 1));
-  numbers x = {_mm512_castsi512_ps(_mm512_slli_epi32(low, 16)),
-               _mm512_castsi512_ps(_mm512_slli_epi32(high, 16))};
+  numbers x = {load_weight(w, row, at, left), load_weight(w, row, at + 16, left - 16)};
   return x;
 }
 
@@ -209,26 +186,7 @@ AMX static void multiply_block(const uint16_t *x, const uint16_t *w, long steps,
   }
 }
 
-static pthread_key_t own_memory;
-static pthread_once_t own_memory_once = PTHREAD_ONCE_INIT;
-
-static void make_own_memory(void) { pthread_key_create(&own_memory, free); }
-
-/* Memory of the calling thread's own, kept from call to call until the thread ends. */
-static uint16_t *kept(long bytes) {
-  static __thread uint16_t *memory;
-  static __thread long size;
-  if (size < bytes) {
-    pthread_once(&own_memory_once, make_own_memory);
-    free(memory);
-    memory = aligned_alloc(64, round_up(bytes, 64));
-    size = memory ? bytes : 0;
-    pthread_setspecific(own_memory, memory);
-  }
-  return memory;
-}
-
-AMX static int multiply_here(const product *p) {
+AMX int multiply_on_amx(const product *p) {
   const long of_x = round_up(smaller(p->rows, ROWS), TILE_ROWS) *
                     round_up(smaller(p->inner, INNER), DEPTH) * PARTS;
   uint16_t *x = kept(2 * of_x + WEIGHT_BYTES);
@@ -262,50 +220,6 @@ AMX static int multiply_here(const product *p) {
   }
   _tile_release();
   return 0;
-}
-
-/* The product cut along its rows or its columns, a share for each thread. */
-typedef struct {
-  const product *whole;
-  long shares;
-  atomic_long next;
-  atomic_int failed;
-} work;
-
-static void multiply_shares(void *data) {
-  work *all = data;
-  for (long i; (i = atomic_fetch_add(&all->next, 1)) < all->shares;) {
-    product p = *all->whole;
-    /* W is copied by each share of the rows, x by each of the columns: the smaller of them. */
-    const int by_rows = p.rows > p.columns;
-    const long count = by_rows ? p.rows : p.columns;
-    const long each = round_up((count + all->shares - 1) / all->shares, WIDE), start = i * each;
-    if (start >= count) continue;
-    const long size = smaller(count - start, each);
-    p.out += by_rows ? start * p.out_stride : start;
-    if (by_rows) {
-      p.x += start * p.x_stride;
-      p.rows = size;
-    } else {
-      const long offset = p.transposed ? start * p.weight.stride : start;
-      p.weight.values = (const char *)p.weight.values + offset * (p.weight.bf16 ? 2 : 4);
-      p.columns = size;
-    }
-    if (multiply_here(&p)) atomic_store(&all->failed, 1);
-  }
-}
-
-int multiply(float *out, long out_stride, const float *x, long x_stride, matrix weight,
-             int transposed, long rows, long columns, long inner, int add, unsigned threads,
-             parallel_fn parallel) {
-  const product whole = {out,  out_stride, x,       x_stride, weight,
-                         transposed, rows, columns, inner,    add};
-  work all = {.whole = &whole, .shares = threads > 1 && parallel ? (long)threads : 1};
-  if (all.shares > 1)
-    parallel(multiply_shares, &all, threads, 0);
-  else
-    multiply_shares(&all);
-  return all.failed;
 }
 
 #endif

@@ -7,39 +7,58 @@
 #include "gate.h"
 #include "multiply.h"
 
-#if LORAKIT_HAS_AMX
+#if LORAKIT_HAS_KERNELS
 #include <cpuid.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 
 enum { ARCH_REQ_XCOMP_PERM = 0x1023, XFEATURE_XTILEDATA = 18 };
 
-/* CPUID leaf 7: AVX512F, AVX512BW, AVX512VL; AMX-BF16, AMX-TILE. */
-static int has_units(void) {
+/* What computes; the same numbers as in _kernels.pyi. */
+enum units { ON_AVX512, ON_AMX };
+
+static const struct {
+  const struct attention *attention;
+  multiply_fn multiply;
+} kernels[] = {
+    [ON_AVX512] = {&attention_on_avx512, multiply_on_avx512},
+    [ON_AMX] = {&attention_on_amx, multiply_on_amx},
+};
+
+/* Why units cannot be used here, or NULL.  Of AMX, asks the kernel for the tiles' registers. */
+static const char *reason_against(int units) {
   unsigned a, b, c, d;
-  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d)) return 0;
-  const unsigned avx512 = 1u << 16 | 1u << 30 | 1u << 31, amx = 1u << 22 | 1u << 24;
-  return (b & avx512) == avx512 && (d & amx) == amx;
-}
+  /* What the operating system does not save, __builtin_cpu_supports says is not there. */
+  if (!__builtin_cpu_supports("avx512f") || !__builtin_cpu_supports("avx512bw") ||
+      !__builtin_cpu_supports("avx512vl"))
+    return "this processor has no AVX-512";
+#ifdef LORAKIT_EMULATED_TILES
+  return NULL;
 #endif
-
-/* Why the kernels cannot be used here, or None.  Asks the kernel for the tiles' registers. */
-static PyObject *unusable(PyObject *self, PyObject *none) {
-  (void)self;
-  (void)none;
-#if LORAKIT_HAS_AMX
-  if (!has_units()) return PyUnicode_FromString("this processor has no AMX units for bf16");
+  if (units != ON_AMX) return NULL;
+  const unsigned amx = 1u << 22 | 1u << 24; /* CPUID leaf 7: AMX-BF16, AMX-TILE */
+  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || (d & amx) != amx)
+    return "this processor has no AMX units for bf16";
   if (syscall(SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA))
-    return PyUnicode_FromString("the operating system does not let programs use AMX (Linux 5.16 "
-                                "and later do)");
-  Py_RETURN_NONE;
-#else
-  return PyUnicode_FromString("not built: it takes Linux on x86-64, and GCC 11 or "
-                              "Clang 12 or newer");
+    return "the operating system does not let programs use AMX (Linux 5.16 and later do)";
+  return NULL;
+}
 #endif
+
+static PyObject *unusable(PyObject *self, PyObject *args) {
+  (void)self;
+  int units;
+  if (!PyArg_ParseTuple(args, "i", &units)) return NULL;
+#if LORAKIT_HAS_KERNELS
+  const char *reason = reason_against(units);
+#else
+  const char *reason = "not built: it takes Linux on x86-64, and GCC 11 or Clang 12 or newer";
+#endif
+  if (reason) return PyUnicode_FromString(reason);
+  Py_RETURN_NONE;
 }
 
-#if LORAKIT_HAS_AMX
+#if LORAKIT_HAS_KERNELS
 typedef unsigned long long address;
 
 static float *numbers_at(address of) { return (float *)(uintptr_t)of; }
@@ -48,16 +67,19 @@ static PyObject *py_multiply(PyObject *self, PyObject *args) {
   (void)self;
   address out, x, weight, parallel;
   long out_stride, x_stride, weight_stride, rows, columns, inner;
-  int bf16, transposed, add, failed;
+  int units, bf16, transposed, add, failed;
   unsigned threads;
-  if (!PyArg_ParseTuple(args, "KlKlKlpplllpIK", &out, &out_stride, &x, &x_stride, &weight,
+  if (!PyArg_ParseTuple(args, "iKlKlKlpplllpIK", &units, &out, &out_stride, &x, &x_stride, &weight,
                         &weight_stride, &bf16, &transposed, &rows, &columns, &inner, &add, &threads,
                         &parallel))
     return NULL;
-  const matrix w = {numbers_at(weight), weight_stride, bf16};
+  const product p = {
+      .out = numbers_at(out), .out_stride = out_stride, .x = numbers_at(x), .x_stride = x_stride,
+      .weight = {numbers_at(weight), weight_stride, bf16}, .transposed = transposed, .rows = rows,
+      .columns = columns, .inner = inner, .add = add,
+  };
   Py_BEGIN_ALLOW_THREADS;
-  failed = multiply(numbers_at(out), out_stride, numbers_at(x), x_stride, w, transposed, rows,
-                    columns, inner, add, threads, (parallel_fn)(uintptr_t)parallel);
+  failed = multiply(&p, kernels[units].multiply, threads, (parallel_fn)(uintptr_t)parallel);
   Py_END_ALLOW_THREADS;
   if (failed) return PyErr_NoMemory();
   Py_RETURN_NONE;
@@ -98,10 +120,11 @@ static PyObject *py_gate_backward(PyObject *self, PyObject *args) {
 static PyObject *py_attention_bytes(PyObject *self, PyObject *args) {
   (void)self;
   long tokens, heads, kv_heads, head_dim;
-  int threads;
-  if (!PyArg_ParseTuple(args, "lllli", &tokens, &heads, &kv_heads, &head_dim, &threads))
+  int units, threads;
+  if (!PyArg_ParseTuple(args, "illlli", &units, &tokens, &heads, &kv_heads, &head_dim, &threads))
     return NULL;
-  return PyLong_FromLong(attention_bytes(tokens, heads, kv_heads, head_dim, threads));
+  return PyLong_FromLong(
+      kernels[units].attention->bytes(tokens, heads, kv_heads, head_dim, threads));
 }
 
 static PyObject *py_attend(PyObject *self, PyObject *args) {
@@ -109,15 +132,16 @@ static PyObject *py_attend(PyObject *self, PyObject *args) {
   address q, k, v, out, normalizer, workspace, parallel;
   long tokens, heads, kv_heads, head_dim, q_stride, k_stride, v_stride;
   float scale;
-  int threads;
-  if (!PyArg_ParseTuple(args, "KKKKKKlllllllfiK", &q, &k, &v, &out, &normalizer, &workspace,
+  int units, threads;
+  if (!PyArg_ParseTuple(args, "iKKKKKKlllllllfiK", &units, &q, &k, &v, &out, &normalizer, &workspace,
                         &tokens, &heads, &kv_heads, &head_dim, &q_stride, &k_stride, &v_stride,
                         &scale, &threads, &parallel))
     return NULL;
   Py_BEGIN_ALLOW_THREADS;
-  attend(numbers_at(q), numbers_at(k), numbers_at(v), numbers_at(out), numbers_at(normalizer),
-         (char *)numbers_at(workspace), tokens, heads, kv_heads, head_dim, q_stride, k_stride,
-         v_stride, scale, threads, (parallel_fn)(uintptr_t)parallel);
+  kernels[units].attention->attend(
+      numbers_at(q), numbers_at(k), numbers_at(v), numbers_at(out), numbers_at(normalizer),
+      (char *)numbers_at(workspace), tokens, heads, kv_heads, head_dim, q_stride, k_stride, v_stride,
+      scale, threads, (parallel_fn)(uintptr_t)parallel);
   Py_END_ALLOW_THREADS;
   Py_RETURN_NONE;
 }
@@ -127,16 +151,17 @@ static PyObject *py_attend_backward(PyObject *self, PyObject *args) {
   address dout, q, k, v, out, normalizer, dq, dk, dv, workspace, parallel;
   long tokens, heads, kv_heads, head_dim, dout_stride, q_stride, k_stride, v_stride;
   float scale;
-  int threads;
-  if (!PyArg_ParseTuple(args, "KKKKKKKKKKllllllllfiK", &dout, &q, &k, &v, &out, &normalizer, &dq,
+  int units, threads;
+  if (!PyArg_ParseTuple(args, "iKKKKKKKKKKllllllllfiK", &units, &dout, &q, &k, &v, &out, &normalizer, &dq,
                         &dk, &dv, &workspace, &tokens, &heads, &kv_heads, &head_dim, &dout_stride,
                         &q_stride, &k_stride, &v_stride, &scale, &threads, &parallel))
     return NULL;
   Py_BEGIN_ALLOW_THREADS;
-  attend_backward(numbers_at(dout), numbers_at(q), numbers_at(k), numbers_at(v), numbers_at(out),
-                  numbers_at(normalizer), numbers_at(dq), numbers_at(dk), numbers_at(dv),
-                  (char *)numbers_at(workspace), tokens, heads, kv_heads, head_dim, dout_stride,
-                  q_stride, k_stride, v_stride, scale, threads, (parallel_fn)(uintptr_t)parallel);
+  kernels[units].attention->attend_backward(
+      numbers_at(dout), numbers_at(q), numbers_at(k), numbers_at(v), numbers_at(out),
+      numbers_at(normalizer), numbers_at(dq), numbers_at(dk), numbers_at(dv),
+      (char *)numbers_at(workspace), tokens, heads, kv_heads, head_dim, dout_stride, q_stride,
+      k_stride, v_stride, scale, threads, (parallel_fn)(uintptr_t)parallel);
   Py_END_ALLOW_THREADS;
   Py_RETURN_NONE;
 }
@@ -144,8 +169,8 @@ static PyObject *py_attend_backward(PyObject *self, PyObject *args) {
 
 /* Their arguments are in _kernels.pyi. */
 static PyMethodDef methods[] = {
-    {"unusable", unusable, METH_NOARGS, "Why the kernels cannot be used on this machine, or None."},
-#if LORAKIT_HAS_AMX
+    {"unusable", unusable, METH_VARARGS, "Why units cannot be used on this machine, or None."},
+#if LORAKIT_HAS_KERNELS
     {"multiply", py_multiply, METH_VARARGS, "out = x W, or x W^T; see multiply.h."},
     {"gate", py_gate, METH_VARARGS, "out = silu(g) u; see gate.h."},
     {"gate_backward", py_gate_backward, METH_VARARGS, "Its gradients; see gate.h."},
@@ -155,7 +180,7 @@ static PyMethodDef methods[] = {
 #endif
     {NULL, NULL, 0, NULL}};
 
-static struct PyModuleDef definition = {PyModuleDef_HEAD_INIT, "lorakit_amx._kernels", NULL, -1,
+static struct PyModuleDef definition = {PyModuleDef_HEAD_INIT, "lorakit_x86._kernels", NULL, -1,
                                         methods, NULL, NULL, NULL, NULL};
 
 PyMODINIT_FUNC PyInit__kernels(void) { return PyModule_Create(&definition); }

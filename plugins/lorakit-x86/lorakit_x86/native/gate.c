@@ -3,7 +3,7 @@
    and five times. */
 #include "gate.h"
 
-#if LORAKIT_HAS_AMX
+#if LORAKIT_HAS_KERNELS
 
 #include <stdatomic.h>
 
@@ -16,18 +16,17 @@ typedef struct {
   atomic_long next;
 } work;
 
-AMX_INLINE __m512 sigmoid(__m512 x) {
+AVX512_INLINE __m512 sigmoid(__m512 x) {
   const __m512 one = _mm512_set1_ps(1.0f);
   const __m512 e = power_of_2(_mm512_mul_ps(x, _mm512_set1_ps(-LOG2_E)));
   return _mm512_div_ps(one, _mm512_add_ps(one, e));
 }
 
-AMX static void gate_row(const work *all, long row) {
+AVX512 static void gate_row(const work *all, long row) {
   const float *g = all->g + row * all->g_stride, *u = all->u + row * all->u_stride;
   float *out = all->first + row * all->first_stride;
   for (long i = 0; i < all->width; i += 16) {
-    const long left = all->width - i;
-    const __mmask16 mask = left >= 16 ? 0xFFFF : (__mmask16)((1u << left) - 1);
+    const __mmask16 mask = first_of_16(all->width - i);
     const __m512 x = _mm512_maskz_loadu_ps(mask, g + i);
     const __m512 y = _mm512_mul_ps(_mm512_mul_ps(x, sigmoid(x)), _mm512_maskz_loadu_ps(mask, u + i));
     _mm512_mask_storeu_ps(out + i, mask, y);
@@ -35,14 +34,13 @@ AMX static void gate_row(const work *all, long row) {
 }
 
 /* With s = sigmoid(g): silu'(g) = s (1 + g (1 - s)). */
-AMX static void gate_row_backward(const work *all, long row) {
+AVX512 static void gate_row_backward(const work *all, long row) {
   const __m512 one = _mm512_set1_ps(1.0f);
   const float *g = all->g + row * all->g_stride, *u = all->u + row * all->u_stride;
   const float *dout = all->dout + row * all->dout_stride;
   float *dg = all->first + row * all->first_stride, *du = all->second + row * all->second_stride;
   for (long i = 0; i < all->width; i += 16) {
-    const long left = all->width - i;
-    const __mmask16 mask = left >= 16 ? 0xFFFF : (__mmask16)((1u << left) - 1);
+    const __mmask16 mask = first_of_16(all->width - i);
     const __m512 x = _mm512_maskz_loadu_ps(mask, g + i), s = sigmoid(x);
     const __m512 d = _mm512_maskz_loadu_ps(mask, dout + i);
     const __m512 slope = _mm512_mul_ps(s, _mm512_fmadd_ps(x, _mm512_sub_ps(one, s), one));

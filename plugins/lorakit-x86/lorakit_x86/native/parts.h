@@ -15,15 +15,16 @@
 #ifndef LORAKIT_PARTS_H
 #define LORAKIT_PARTS_H
 
-#if defined(__x86_64__) && defined(__linux__) && \
-    ((defined(__clang__) && __clang_major__ >= 12) || (!defined(__clang__) && __GNUC__ >= 11))
-#define LORAKIT_HAS_AMX 1
+#include "vectors.h"
 
-#include <immintrin.h>
-#include <stdint.h>
-#include <string.h>
+#if LORAKIT_HAS_KERNELS
 
+#ifdef LORAKIT_EMULATED_TILES
+#include "tiles_emulated.h"
+#define AMX AVX512
+#else
 #define AMX __attribute__((target("avx512f,avx512bw,avx512vl,amx-tile,amx-bf16")))
+#endif
 #define AMX_INLINE AMX static inline __attribute__((always_inline))
 
 /* Of a left operand's tile; DEPTH is what a product of tiles sums over. */
@@ -39,8 +40,12 @@ AMX_INLINE void configure_tiles(void) {
     config.row_bytes[tile] = 64;
     config.rows[tile] = TILE_ROWS;
   }
+#ifndef LORAKIT_EMULATED_TILES
   /* GCC's _tile_loadconfig says that it reads 8 bytes only. */
   __asm__ volatile("ldtilecfg %0" ::"m"(config));
+#else
+  (void)config;
+#endif
 }
 
 /* GCC's _tile_loadd does not say that it reads memory: stores before it must stay before it. */
@@ -83,59 +88,5 @@ AMX_INLINE __m512i as_bf16(numbers x) {
   return _mm512_permutex2var_epi16(_mm512_castps_si512(x.low), odd, _mm512_castps_si512(x.high));
 }
 
-/* 16 x 16 numbers of 32 bits, or pairs of bf16, transposed. */
-AMX_INLINE void transpose(__m512i r[16]) {
-  __m512i t[16];
-  for (int i = 0; i < 8; i++) {
-    t[2 * i] = _mm512_unpacklo_epi32(r[2 * i], r[2 * i + 1]);
-    t[2 * i + 1] = _mm512_unpackhi_epi32(r[2 * i], r[2 * i + 1]);
-  }
-  for (int i = 0; i < 16; i += 4) {
-    r[i] = _mm512_unpacklo_epi64(t[i], t[i + 2]);
-    r[i + 1] = _mm512_unpackhi_epi64(t[i], t[i + 2]);
-    r[i + 2] = _mm512_unpacklo_epi64(t[i + 1], t[i + 3]);
-    r[i + 3] = _mm512_unpackhi_epi64(t[i + 1], t[i + 3]);
-  }
-  for (int i = 0; i < 4; i++) {
-    t[i] = _mm512_shuffle_i32x4(r[i], r[i + 4], 0x88);
-    t[i + 4] = _mm512_shuffle_i32x4(r[i], r[i + 4], 0xDD);
-    t[i + 8] = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0x88);
-    t[i + 12] = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0xDD);
-  }
-  for (int i = 0; i < 8; i++) {
-    r[i] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0x88);
-    r[i + 8] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0xDD);
-  }
-}
-
-static inline long round_up(long count, long multiple) {
-  return (count + multiple - 1) / multiple * multiple;
-}
-
-static inline long smaller(long a, long b) { return a < b ? a : b; }
-
-/* 2^x to 1e-7, relative; 0 for very negative numbers. */
-AMX_INLINE __m512 power_of_2(__m512 x) {
-  const __m512 whole = _mm512_roundscale_ps(x, 0);
-  const __m512 rest = _mm512_sub_ps(x, whole);
-  /* The least largest relative error for |rest| <= 0.5. */
-  __m512 p = _mm512_set1_ps(0.00015353362f);
-  p = _mm512_fmadd_ps(p, rest, _mm512_set1_ps(0.0013398875f));
-  p = _mm512_fmadd_ps(p, rest, _mm512_set1_ps(0.009618437f));
-  p = _mm512_fmadd_ps(p, rest, _mm512_set1_ps(0.055503324f));
-  p = _mm512_fmadd_ps(p, rest, _mm512_set1_ps(0.24022648f));
-  p = _mm512_fmadd_ps(p, rest, _mm512_set1_ps(0.6931472f));
-  p = _mm512_fmadd_ps(p, rest, _mm512_set1_ps(1.0f));
-  return _mm512_scalef_ps(p, whole);
-}
-
-static const float LOG2_E = 1.44269504f;
-
-#else
-#define LORAKIT_HAS_AMX 0
 #endif
-
-/* libgomp's GOMP_parallel: runs the function in so many threads, this one among them. */
-typedef void (*parallel_fn)(void (*function)(void *), void *data, unsigned threads, unsigned flags);
-
 #endif

@@ -9,12 +9,12 @@ from glob import glob
 
 from setuptools import Extension, setup
 
-NATIVE = "lorakit_amx/native"
+NATIVE = "lorakit_x86/native"
 
 setup(
     ext_modules=[
         Extension(
-            "lorakit_amx._kernels",
+            "lorakit_x86._kernels",
             sorted(glob(f"{NATIVE}/*.c")),
             depends=sorted(glob(f"{NATIVE}/*.h")),
             define_macros=[("Py_LIMITED_API", "0x030A0000")],

@@ -1,4 +1,4 @@
-/* What the forward and the backward pass of attention share.
+/* What the forward and the backward pass of attention share, whatever units multiply the blocks.
  *
  * Scores are computed transposed, keys as rows: then the maximum over keys and the sum over keys
  * are those of whole vectors, and a block of the results is a factor of the next product as it is.
@@ -9,9 +9,8 @@
 #define LORAKIT_ATTENTION_TASK_H
 
 #include "attention.h"
-#include "blocks.h"
 
-#if LORAKIT_HAS_AMX
+#if LORAKIT_HAS_KERNELS
 
 #include <math.h>
 #include <stdatomic.h>
@@ -20,10 +19,6 @@
 enum {
   WIDTH = 4, /* blocks of queries and blocks of keys that are handled together, while in L2 */
 };
-
-static inline long divided_up(long a, long b) {
-  return (a + b - 1) / b;
-}
 
 /* What to compute: pointers and sizes as in `attend`, and memory that the threads share. */
 struct task {
@@ -36,10 +31,10 @@ struct task {
   long columns;  /* blocks of 32 elements of a head */
   long groups;   /* of WIDTH blocks */
   long splits;   /* of a head's queries, to divide the work among threads; backward only */
-  bf16 *k_left, *k_left_transposed, *v_left; /* [kv head][block][column][BLOCK] */
-  float *dk_parts, *dv_parts;                /* [split][head][block][column][AREA] */
-  char *scratch;                             /* of all threads */
-  size_t scratch_size;                       /* of one */
+  element *k_left, *k_left_transposed, *v_left; /* [kv head][block][column][BLOCK] */
+  float *dk_parts, *dv_parts;                   /* [split][head][block][column][AREA] */
+  char *scratch;                                /* of all threads */
+  size_t scratch_size;                          /* of one */
   atomic_long next, threads_begun;
 };
 
@@ -50,26 +45,18 @@ static inline void *take(char **from, size_t bytes) {
   return start;
 }
 
+UNITS_INLINE void pack_block(const float *x, long stride, long rows, enum use use, element *to) {
+  pack_scaled(x, stride, rows, use, 1, to);
+}
+
 /* Hides the scores of later keys in a block on the diagonal: key i is seen by queries i and up. */
-AMX_INLINE void mask_diagonal(float *scores, float value) {
+UNITS_INLINE void mask_diagonal(float *scores, float value) {
   for (int i = 0; i < SIDE; i++) {
     uint32_t hidden = (1u << i) - 1;
     _mm512_mask_storeu_ps(scores + SIDE * i, (__mmask16)hidden, _mm512_set1_ps(value));
     _mm512_mask_storeu_ps(scores + SIDE * i + 16, hidden >> 16, _mm512_set1_ps(value));
   }
 }
-
-/* Bytes of k or v, packed. */
-size_t packed_size(const struct task *task);
-
-/* Bytes that a thread takes in the forward pass. */
-size_t forward_size(long columns);
-
-/* Does all items of a task with that many threads. */
-void run_items(struct task *task, void (*fn)(void *), int threads, parallel_fn parallel);
-
-/* Packs k and v, each block for each use, which is: for the forward pass, or for the backward. */
-void attention_pack_keys(void *task);
 
 #endif
 #endif

@@ -1,7 +1,11 @@
-"""What `native/module.c` offers: addresses of tensors, and strides in numbers."""
+"""What `native/module.c` offers: addresses of tensors, and strides in numbers.
 
-def unusable() -> str | None: ...
+Units: 0 is AVX-512, 1 is AMX.
+"""
+
+def unusable(units: int, /) -> str | None: ...
 def multiply(
+    units: int,
     out: int,
     out_stride: int,
     x: int,
@@ -25,12 +29,12 @@ def gate_backward(*arguments: int) -> None:
     """dg, du, dout, g and u, each with its stride; rows, width; threads, parallel."""
 
 def attention_bytes(
-    tokens: int, heads: int, kv_heads: int, head_dim: int, threads: int, /
+    units: int, tokens: int, heads: int, kv_heads: int, head_dim: int, threads: int, /
 ) -> int: ...
 def attend(*arguments: float) -> None:
-    """q, k, v, out, normalizer, workspace; tokens, heads, kv_heads, head_dim; the strides of
+    """Units; q, k, v, out, normalizer, workspace; tokens, heads, kv_heads, head_dim; the strides of
     q, k and v; scale; threads, parallel."""
 
 def attend_backward(*arguments: float) -> None:
-    """dout, q, k, v, out, normalizer, dq, dk, dv, workspace; tokens, heads, kv_heads, head_dim; the
+    """Units; dout, q, k, v, out, normalizer, dq, dk, dv, workspace; tokens, heads, kv_heads, head_dim; the
     strides of dout, q, k and v; scale; threads, parallel."""

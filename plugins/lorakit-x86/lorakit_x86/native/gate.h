@@ -1,7 +1,7 @@
 #ifndef LORAKIT_GATE_H
 #define LORAKIT_GATE_H
 
-#include "parts.h"
+#include "vectors.h"
 
 /* out = silu(g) u.  All [rows, width] fp32, rows so many numbers apart. */
 void gate(float *out, long out_stride, const float *g, long g_stride, const float *u, long u_stride,

@@ -1,0 +1,73 @@
+/* Products in fp32, shared out over threads; what computes a share is in `multiply_amx.c` and
+   `multiply_avx512.c`. */
+#include "multiply.h"
+
+#if LORAKIT_HAS_KERNELS
+
+#include <pthread.h>
+#include <stdatomic.h>
+#include <stdlib.h>
+
+/* Shares are multiples of it, so that blocks are whole in all but the last. */
+enum { MULTIPLE = 64 };
+
+static pthread_key_t own_memory;
+static pthread_once_t own_memory_once = PTHREAD_ONCE_INIT;
+
+static void make_own_memory(void) { pthread_key_create(&own_memory, free); }
+
+void *kept(long bytes) {
+  static __thread void *memory;
+  static __thread long size;
+  if (size < bytes) {
+    pthread_once(&own_memory_once, make_own_memory);
+    free(memory);
+    memory = aligned_alloc(64, round_up(bytes, 64));
+    size = memory ? bytes : 0;
+    pthread_setspecific(own_memory, memory);
+  }
+  return memory;
+}
+
+/* The product cut along its rows or its columns, a share for each thread. */
+typedef struct {
+  const product *whole;
+  multiply_fn units;
+  long shares;
+  atomic_long next;
+  atomic_int failed;
+} work;
+
+static void multiply_shares(void *data) {
+  work *all = data;
+  for (long i; (i = atomic_fetch_add(&all->next, 1)) < all->shares;) {
+    product p = *all->whole;
+    /* W is copied by each share of the rows, x by each of the columns: the smaller of them. */
+    const int by_rows = p.rows > p.columns;
+    const long count = by_rows ? p.rows : p.columns;
+    const long each = round_up(divided_up(count, all->shares), MULTIPLE), start = i * each;
+    if (start >= count) continue;
+    const long size = smaller(count - start, each);
+    p.out += by_rows ? start * p.out_stride : start;
+    if (by_rows) {
+      p.x += start * p.x_stride;
+      p.rows = size;
+    } else {
+      const long offset = p.transposed ? start * p.weight.stride : start;
+      p.weight.values = (const char *)p.weight.values + offset * (p.weight.bf16 ? 2 : 4);
+      p.columns = size;
+    }
+    if (all->units(&p)) atomic_store(&all->failed, 1);
+  }
+}
+
+int multiply(const product *p, multiply_fn units, unsigned threads, parallel_fn parallel) {
+  work all = {.whole = p, .units = units, .shares = threads > 1 && parallel ? (long)threads : 1};
+  if (all.shares > 1)
+    parallel(multiply_shares, &all, threads, 0);
+  else
+    multiply_shares(&all);
+  return all.failed;
+}
+
+#endif

@@ -1,0 +1,58 @@
+#ifndef LORAKIT_MULTIPLY_H
+#define LORAKIT_MULTIPLY_H
+
+#include "vectors.h"
+
+/* fp32, or bf16 where bf16 is not 0; strides are in numbers, and within a row numbers are next to
+   each other. */
+typedef struct {
+  const void *values;
+  long stride;
+  int bf16;
+} matrix;
+
+/* out = x W, or x W^T if `transposed`, added to what out holds if `add`.
+
+   x [rows, inner], W [inner, columns] or transposed [columns, inner], out [rows, columns] fp32. */
+typedef struct {
+  float *out;
+  long out_stride;
+  const float *x;
+  long x_stride;
+  matrix weight;
+  int transposed;
+  long rows, columns, inner;
+  int add;
+} product;
+
+/* Computes a product in the calling thread.  Returns 0, or 1 where there is not memory enough. */
+typedef int (*multiply_fn)(const product *p);
+
+int multiply_on_amx(const product *p);
+int multiply_on_avx512(const product *p);
+
+/* Shares a product out over threads. */
+int multiply(const product *p, multiply_fn units, unsigned threads, parallel_fn parallel);
+
+/* Memory of the calling thread's own, kept from call to call until the thread ends; at a multiple of
+   64.  NULL where there is not enough. */
+void *kept(long bytes);
+
+#if LORAKIT_HAS_KERNELS
+
+/* The first so many of 16 numbers, and zeros. */
+AVX512_INLINE __m512 load_numbers(const float *from, long count) {
+  return _mm512_maskz_loadu_ps(first_of_16(count), from);
+}
+
+/* Of a row of W so many of 16 numbers from `at` on, and zeros. */
+AVX512_INLINE __m512 load_weight(matrix w, long row, long at, long count) {
+  const long place = row * w.stride + at;
+  if (!w.bf16) return load_numbers((const float *)w.values + place, count);
+  const uint16_t *from = (const uint16_t *)w.values + place;
+  const __m256i upper = _mm256_maskz_loadu_epi16(first_of_16(count), from);
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(upper), 16));
+}
+
+#endif
+#endif

@@ -1,0 +1,108 @@
+/* x W and x W^T in fp32, by AVX-512.
+
+   W is copied, panels of 32 columns after each other, widened or transposed on the way; x is read
+   where it is. */
+#include "multiply.h"
+
+#if LORAKIT_HAS_KERNELS
+
+/* Results are made 12 rows by 32 columns at a time, in 24 of the 32 registers. */
+enum { ROWS_AT_A_TIME = 12, PANEL = 32 };
+
+/* What is copied at a time: of W as far along as a core's first cache holds a panel, and what the
+   second one holds beside so many rows of x. */
+enum { ROWS = 20 * ROWS_AT_A_TIME, INNER = 288, WEIGHT_BYTES = 1 << 18 };
+
+/* A panel of W: 32 columns. */
+AVX512 static void copy_straight(matrix w, long column, long columns, long at, long inner,
+                                 float *to) {
+  for (long k = 0; k < inner; k++, to += PANEL) {
+    _mm512_store_ps(to, load_weight(w, at + k, column, columns));
+    _mm512_store_ps(to + 16, load_weight(w, at + k, column + 16, columns - 16));
+  }
+}
+
+/* A panel of W^T: 32 rows of W. */
+AVX512 static void copy_transposed(matrix w, long row, long rows, long at, long inner, float *to) {
+  for (long half = 0; half < 2; half++)
+    for (long k = 0; k < inner; k += 16) {
+      const long there = smaller(inner - k, 16);
+      __m512i part[16];
+#pragma GCC unroll 16
+      for (long i = 0; i < 16; i++) {
+        const long from = row + 16 * half + i;
+        part[i] = 16 * half + i < rows
+                      ? _mm512_castps_si512(load_weight(w, from, at + k, there))
+                      : _mm512_setzero_si512();
+      }
+      transpose(part);
+      for (long i = 0; i < there; i++)
+        _mm512_store_si512(to + (k + i) * PANEL + 16 * half, part[i]);
+    }
+}
+
+/* So many rows, at most 12, of a panel's results. */
+AVX512_INLINE void multiply_rows(const float *x, long stride, const float *w, long inner,
+                                 float *out, long out_stride, long columns, int add, int rows) {
+  const __mmask16 low = first_of_16(columns), high = first_of_16(columns - 16);
+  __m512 sums[ROWS_AT_A_TIME][2];
+#pragma GCC unroll 12
+  for (int i = 0; i < rows; i++) sums[i][0] = sums[i][1] = _mm512_setzero_ps();
+  for (long k = 0; k < inner; k++, w += PANEL) {
+    const __m512 first = _mm512_load_ps(w), second = _mm512_load_ps(w + 16);
+#pragma GCC unroll 12
+    for (int i = 0; i < rows; i++) {
+      const __m512 left = _mm512_set1_ps(x[i * stride + k]);
+      sums[i][0] = _mm512_fmadd_ps(left, first, sums[i][0]);
+      sums[i][1] = _mm512_fmadd_ps(left, second, sums[i][1]);
+    }
+  }
+#pragma GCC unroll 12
+  for (int i = 0; i < rows; i++) {
+    float *to = out + i * out_stride;
+    if (add) {
+      sums[i][0] = _mm512_add_ps(sums[i][0], _mm512_maskz_loadu_ps(low, to));
+      sums[i][1] = _mm512_add_ps(sums[i][1], _mm512_maskz_loadu_ps(high, to + 16));
+    }
+    _mm512_mask_storeu_ps(to, low, sums[i][0]);
+    _mm512_mask_storeu_ps(to + 16, high, sums[i][1]);
+  }
+}
+
+/* All rows of x, times a panel. */
+AVX512 static void multiply_panel(const float *x, long stride, const float *w, long inner,
+                                  float *out, long out_stride, long rows, long columns, int add) {
+  /* Constants, so that each count is compiled for itself. */
+#define REPEAT(count)                                                                    \
+  for (; rows >= count; rows -= count, x += count * stride, out += count * out_stride) \
+    multiply_rows(x, stride, w, inner, out, out_stride, columns, add, count);
+  REPEAT(12)
+  REPEAT(8)
+  REPEAT(4)
+  REPEAT(2)
+  REPEAT(1)
+#undef REPEAT
+}
+
+int multiply_on_avx512(const product *p) {
+  float *w = kept(WEIGHT_BYTES);
+  if (!w) return 1;
+  for (long at = 0; at < p->inner; at += INNER) {
+    const long inner = smaller(p->inner - at, INNER);
+    const long width = WEIGHT_BYTES / 4 / inner / PANEL * PANEL;
+    for (long column = 0; column < p->columns; column += width) {
+      const long columns = smaller(p->columns - column, width);
+      for (long j = 0; j < columns; j += PANEL)
+        (p->transposed ? copy_transposed : copy_straight)(p->weight, column + j, columns - j, at,
+                                                          inner, w + j * inner);
+      for (long row = 0; row < p->rows; row += ROWS)
+        for (long j = 0; j < columns; j += PANEL)
+          multiply_panel(p->x + row * p->x_stride + at, p->x_stride, w + j * inner, inner,
+                         p->out + row * p->out_stride + column + j, p->out_stride,
+                         smaller(p->rows - row, ROWS), columns - j, p->add || at > 0);
+    }
+  }
+  return 0;
+}
+
+#endif
