@@ -177,8 +177,8 @@ class TrainingOptions:
         max_steps: Stop after so many optimizer steps; 0 means no limit.
         max_grad_norm: Clip the gradients' global 2-norm to this; 0 means never.
         activation_checkpointing: Keep less for the backward pass, and compute it again there.
-            `selective` computes the norms and the feed-forward layers again; `block` (or true)
-            keeps only each block's input, the least; `none` (or false) keeps all; `auto` takes
+            `selective` computes all but the attention and last projections again; `block` (or
+            true) keeps only each block's input, the least; `none` (or false) keeps all; `auto` takes
             the first of `none`, `selective` and `block` that fits by the memory estimate.
         activation_offloading: Move the blocks' inputs to host memory until the backward pass
             needs them.  On CUDA; elsewhere they are there already.

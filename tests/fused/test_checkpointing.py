@@ -96,16 +96,28 @@ def test_each_mode_keeps_less_than_the_one_before(model_type, make_model, make_b
     assert kept["block"] < 0.5 * kept["selective"]
 
 
-def test_selective_keeps_neither_gate_nor_up_nor_what_norms_give(make_model, make_batch):
+def test_selective_drops_inputs_once(make_model, make_batch):
+    """With dropout, q, k and v are kept: made again, they would drop other inputs."""
+    kept = {}
+    for adapter in ("lora", "dropout"):
+        model = make_model("llama", adapter)
+        checkpoint_blocks(model, "selective")
+        kept[adapter], _ = kept_bytes(model, make_batch())
+    heads = 32 + 16 + 16
+    batch = make_batch()
+    assert kept["dropout"] - kept["lora"] > len(model.blocks) * heads * len(batch.tokens) * 4
+
+
+def test_selective_keeps_neither_what_norms_give_nor_what_is_made_of_it(make_model, make_batch):
     model = make_model("llama", num_hidden_layers=6, attention_bias=False, mlp_bias=False)
     batch = make_batch()
     before, _ = kept_bytes(model, batch)
     checkpoint_blocks(model, "selective")
     after, _ = kept_bytes(model, batch)
-    dim, inner, rank, layers = 32, 48, 3, 6
+    dim, heads, inner, rank, layers = 32, 32 + 16 + 16, 48, 3, 6
     # With the thin products of gate and up, [T, r] each.  The first norm, whose input comes from
     # a frozen embedding and needs no gradient, keeps its input for this alone.
-    a_token = layers * (2 * inner + 2 * rank + 2 * dim) - dim
+    a_token = layers * (heads + 2 * inner + 2 * rank + 2 * dim) - dim
     assert before - after == a_token * len(batch.tokens) * 4
 
 

@@ -13,7 +13,6 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import lorakit
-from lorakit.protocols import Kernels
 from lorakit.records import KernelLibrary
 from lorakit.testing import write_checkpoint
 from lorakit.testing.kernels import check_kernels

@@ -22,8 +22,8 @@ KINDS = ("model family", "adapter", "optimizer", "quantization", "logger", "kern
 # `TerminalProgress` is core's own.  They may stand in prose with other words around them, but
 # not alone, as a name looked up would.
 WORDS_OF_PROSE = ("disk", "terminal")
-# torch's name of a dtype before it is anybody's name of a scheme.
-DTYPES = ("int8",)
+# torch's names, of a dtype and of a processor's instructions, before they are those of a plugin.
+TORCHS = ("int8", "avx512")
 
 
 def offered_names() -> set[str]:
@@ -35,7 +35,7 @@ def offered_names() -> set[str]:
             kind, _, name = offer.partition(": ")
             if kind in KINDS:
                 names.add(name)
-    return names - set(DTYPES)
+    return names - set(TORCHS)
 
 
 def plugin_modules() -> set[str]:

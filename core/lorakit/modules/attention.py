@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -10,7 +12,8 @@ from torch.utils.checkpoint import checkpoint
 from lorakit.modules.cache import KeyValueCache
 from lorakit.modules.flash import flash_documents, has_flash
 from lorakit.modules.layout import Layout
-from lorakit.modules.low_rank import fused_now, projections
+from lorakit.modules.low_rank import are_repeatable, fused_now, projections
+from lorakit.modules.recompute import can_be_made_again
 from lorakit.modules.rope import Rotary
 from lorakit.modules.uncompiled import uncompiled
 from lorakit.modules.varlen import has_varlen, varlen_documents
@@ -38,6 +41,9 @@ class Attention(nn.Module):
         softcap: Scores s become softcap * tanh(s / softcap).
         q_norm: Applied to each query head, before `rotary`.
         k_norm: Likewise to each key head.
+
+    Attributes:
+        recompute: Make q, k and v again in the backward pass, unless making them drops inputs.
     """
 
     def __init__(
@@ -68,6 +74,7 @@ class Attention(nn.Module):
         self._add_projections(dim, qkv_bias)
         self.o_proj = nn.Linear(heads * head_dim, dim, bias=out_bias)
         self.q_norm, self.k_norm = q_norm, k_norm
+        self.recompute = False
 
     def _add_projections(self, dim: int, bias: bool) -> None:
         q, k, v = self.widths
@@ -75,19 +82,31 @@ class Attention(nn.Module):
         self.k_proj = nn.Linear(dim, k, bias=bias)
         self.v_proj = nn.Linear(dim, v, bias=bias)
 
+    @property
+    def inner(self) -> tuple[nn.Module, ...]:
+        """The layers that give q, k and v."""
+        return self.q_proj, self.k_proj, self.v_proj
+
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """x `[T, D]` -> q `[T, H * Dh]`, k and v `[T, Hkv * Dh]`."""
-        q, k, v = projections(x, self.q_proj, self.k_proj, self.v_proj)
+        q, k, v = projections(x, *self.inner)
         return q, k, v
 
-    def forward(self, x: Tensor, layout: Layout, cache: KeyValueCache | None = None) -> Tensor:
-        """x `[T, D]` -> `[T, D]`."""
+    def heads(self, x: Tensor, layout: Layout) -> tuple[Tensor, Tensor, Tensor]:
+        """x `[T, D]` -> q `[T, H, Dh]`, k and v `[T, Hkv, Dh]`, q and k rotated."""
         q, k, v = (part.unflatten(-1, (-1, self.head_dim)) for part in self.project(x))
         if self.q_norm is not None:
             q = self.q_norm(q)
         if self.k_norm is not None:
             k = self.k_norm(k)
-        q, k = self.rotary.rotate(q, layout), self.rotary.rotate(k, layout)
+        # A part of a larger projection would keep all of that in memory until the backward pass.
+        return self.rotary.rotate(q, layout), self.rotary.rotate(k, layout), v.contiguous()
+
+    def forward(self, x: Tensor, layout: Layout, cache: KeyValueCache | None = None) -> Tensor:
+        """x `[T, D]` -> `[T, D]`."""
+        q, k, v = self.heads(x, layout)
+        if self.recompute and are_repeatable(self.inner):
+            can_be_made_again((q, k, v), partial(self.heads, layout=layout), x)
         if cache is not None:
             k, v = cache.extend(self.layer, k, v)
         out = document_attention(
@@ -103,9 +122,13 @@ class FusedAttention(Attention):
     def _add_projections(self, dim: int, bias: bool) -> None:
         self.qkv_proj = nn.Linear(dim, sum(self.widths), bias=bias)
 
+    @property
+    def inner(self) -> tuple[nn.Module, ...]:
+        return (self.qkv_proj,)
+
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """x `[T, D]` -> q `[T, H * Dh]`, k and v `[T, Hkv * Dh]`."""
-        (qkv,) = projections(x, self.qkv_proj)
+        (qkv,) = projections(x, *self.inner)
         q, k, v = qkv.split(self.widths, dim=-1)
         return q, k, v
 

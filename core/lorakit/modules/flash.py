@@ -59,8 +59,7 @@ def flash_documents(
     Returns:
         `[T, H, Dh]`.
     """
-    # A part of a larger projection would keep all of that in memory until the backward pass.
-    out: Tensor = _FlashDocuments.apply(q, k, v.contiguous(), documents, scale)
+    out: Tensor = _FlashDocuments.apply(q, k, v, documents, scale)
     return out
 
 

@@ -102,6 +102,12 @@ def low_ranks_of(linears: Sequence[nn.Module]) -> list[LowRank] | None:
     return known if len(known) == len(found) else None
 
 
+def are_repeatable(linears: Sequence[nn.Module]) -> bool:
+    """Whether all are of this kind and drop no inputs now: they give the same each time."""
+    found = [low_rank_of(linear) for linear in linears]
+    return all(low is not None and not low.dropout for low in found)
+
+
 def projections(x: Tensor, *linears: nn.Module) -> tuple[Tensor, ...]:
     """x `[T, in]` through each of the layers -> `[T, out]` each."""
     parts = low_ranks_of(linears)

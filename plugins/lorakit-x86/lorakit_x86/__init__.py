@@ -1,4 +1,4 @@
-"""fp32 training on AMX units and by AVX-512: the plugin's entry point, which does not import torch."""
+"""fp32 training on AMX and by AVX-512: the plugin's entry point, which does not import torch."""
 
 from __future__ import annotations
 

@@ -36,5 +36,5 @@ def attend(*arguments: float) -> None:
     q, k and v; scale; threads, parallel."""
 
 def attend_backward(*arguments: float) -> None:
-    """Units; dout, q, k, v, out, normalizer, dq, dk, dv, workspace; tokens, heads, kv_heads, head_dim; the
-    strides of dout, q, k and v; scale; threads, parallel."""
+    """Units; dout, q, k, v, out, normalizer, dq, dk, dv, workspace; tokens, heads, kv_heads,
+    head_dim; the strides of dout, q, k and v; scale; threads, parallel."""

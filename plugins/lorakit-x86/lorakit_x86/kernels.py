@@ -12,7 +12,6 @@ from torch import Tensor
 
 from lorakit_x86 import AMX, AVX512
 
-
 FEWEST_ROWS = 64
 """Rows from which on a product on AMX is faster than MKL's."""
 NARROWEST = 64
