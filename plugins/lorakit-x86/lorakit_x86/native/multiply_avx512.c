@@ -9,9 +9,9 @@
 /* Results are made 12 rows by 32 columns at a time, in 24 of the 32 registers. */
 enum { ROWS_AT_A_TIME = 12, PANEL = 32 };
 
-/* What is copied at a time: of W as far along as a core's first cache holds a panel, and what the
-   second one holds beside so many rows of x. */
-enum { ROWS = 20 * ROWS_AT_A_TIME, INNER = 288, WEIGHT_BYTES = 1 << 18 };
+/* What is handled at a time, to stay in a core's second cache (1 MB and more): so many rows of x, as
+   far along as spares most rereading of results, and as much of W. */
+enum { ROWS = 30 * ROWS_AT_A_TIME, INNER = 576, WEIGHT_BYTES = 1 << 18 };
 
 /* A panel of W: 32 columns. */
 AVX512 static void copy_straight(matrix w, long column, long columns, long at, long inner,
@@ -47,7 +47,12 @@ AVX512_INLINE void multiply_rows(const float *x, long stride, const float *w, lo
   const __mmask16 low = first_of_16(columns), high = first_of_16(columns - 16);
   __m512 sums[ROWS_AT_A_TIME][2];
 #pragma GCC unroll 12
-  for (int i = 0; i < rows; i++) sums[i][0] = sums[i][1] = _mm512_setzero_ps();
+  for (int i = 0; i < rows; i++) {
+    sums[i][0] = sums[i][1] = _mm512_setzero_ps();
+    /* Where results go: fetched while they are made. */
+    __builtin_prefetch(out + i * out_stride, 1);
+    __builtin_prefetch(out + i * out_stride + 16, 1);
+  }
   for (long k = 0; k < inner; k++, w += PANEL) {
     const __m512 first = _mm512_load_ps(w), second = _mm512_load_ps(w + 16);
 #pragma GCC unroll 12
@@ -87,21 +92,22 @@ AVX512 static void multiply_panel(const float *x, long stride, const float *w, l
 int multiply_on_avx512(const product *p) {
   float *w = kept(WEIGHT_BYTES);
   if (!w) return 1;
-  for (long at = 0; at < p->inner; at += INNER) {
-    const long inner = smaller(p->inner - at, INNER);
-    const long width = WEIGHT_BYTES / 4 / inner / PANEL * PANEL;
-    for (long column = 0; column < p->columns; column += width) {
-      const long columns = smaller(p->columns - column, width);
-      for (long j = 0; j < columns; j += PANEL)
-        (p->transposed ? copy_transposed : copy_straight)(p->weight, column + j, columns - j, at,
-                                                          inner, w + j * inner);
-      for (long row = 0; row < p->rows; row += ROWS)
+  for (long row = 0; row < p->rows; row += ROWS)
+    for (long at = 0; at < p->inner; at += INNER) {
+      const float *x = p->x + row * p->x_stride + at;
+      const long rows = smaller(p->rows - row, ROWS), inner = smaller(p->inner - at, INNER);
+      const long width = WEIGHT_BYTES / 4 / inner / PANEL * PANEL;
+      for (long column = 0; column < p->columns; column += width) {
+        const long columns = smaller(p->columns - column, width);
+        float *out = p->out + row * p->out_stride + column;
         for (long j = 0; j < columns; j += PANEL)
-          multiply_panel(p->x + row * p->x_stride + at, p->x_stride, w + j * inner, inner,
-                         p->out + row * p->out_stride + column + j, p->out_stride,
-                         smaller(p->rows - row, ROWS), columns - j, p->add || at > 0);
+          (p->transposed ? copy_transposed : copy_straight)(p->weight, column + j, columns - j, at,
+                                                            inner, w + j * inner);
+        for (long j = 0; j < columns; j += PANEL)
+          multiply_panel(x, p->x_stride, w + j * inner, inner, out + j, p->out_stride, rows,
+                         columns - j, p->add || at > 0);
+      }
     }
-  }
   return 0;
 }
 
