@@ -239,6 +239,47 @@ class Kernels(Protocol):
         """Writes the gradients of g and u to dg and du, one of which may be `dout` itself."""
         ...
 
+    def normalizes(self, x: Tensor) -> bool:
+        """Whether `normalize` is faster than torch for x `[T, D]`."""
+        ...
+
+    def normalize(self, x: Tensor, weight: Tensor, eps: float, out: Tensor) -> Tensor:
+        """out = x w / sqrt(mean(x^2) + eps), the mean over a row.
+
+        Args:
+            x: `[T, D]`.
+            weight: w `[D]`, contiguous.
+            eps: Keeps the root from being zero.
+            out: `[T, D]`, contiguous.
+
+        Returns:
+            What `normalize_backward` needs of it.
+        """
+        ...
+
+    def normalize_backward(
+        self, dout: Tensor, x: Tensor, weight: Tensor, kept: Tensor, dx: Tensor
+    ) -> None:
+        """Writes the gradient of x to dx, contiguous, given that of out; `kept` is what `normalize`
+        returned."""
+        ...
+
+    def rotates(self, x: Tensor) -> bool:
+        """Whether `rotate` is faster than torch for x `[T, H, Dh]`."""
+        ...
+
+    def rotate(self, x: Tensor, cos: Tensor, sin: Tensor, out: Tensor, *, back: bool) -> None:
+        """Turns element i of a head and element i + R, i < R, by an angle.
+
+        Args:
+            x: `[T, H, Dh]`, a token's heads one after the other.
+            cos: `[T, 1, R]` of the angles; 2 R is at most Dh, and elements behind it stay.
+            sin: Like cos.
+            out: `[T, H, Dh]`, contiguous.
+            back: Turn the other way, as gradients are.
+        """
+        ...
+
     def attends(self, q: Tensor, k: Tensor) -> bool:
         """Whether `attend` is faster than torch for a document of q `[T, H, Dh]` and k
         `[T, Hkv, Dh]`."""

@@ -245,6 +245,7 @@ def test_lorakit_kernels(
     assert "kernels: products in float64" in capfd.readouterr().out
     assert set(asked.read_text().split()) == {
         *("multiply", "gate", "gate_backward", "attend", "attend_backward"),
+        *("normalize", "normalize_backward", "rotate"),
     }
     assert losses(run.output) == pytest.approx(losses(plain.output), rel=1e-5)
 

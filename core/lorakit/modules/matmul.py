@@ -117,7 +117,7 @@ def times(dy: Tensor, weight: Tensor, plus: Tensor | None = None) -> Tensor:
 def times_transposed_into(out: Tensor, x: Tensor, weight: Tensor) -> None:
     """out = x W^T."""
     if kernels := _multiplying(x, weight):
-        kernels.multiply(out, _in_rows(x), weight, transposed=True, add=False)
+        kernels.multiply(out, in_rows(x), weight, transposed=True, add=False)
     elif by_onednn(x, weight):
         # oneDNN's product cannot be written into a given tensor, and copying it costs little.  In
         # parts: whole logits, large and soon freed, would leave holes in the heap.
@@ -132,14 +132,15 @@ def times_transposed_into(out: Tensor, x: Tensor, weight: Tensor) -> None:
 def times_into(out: Tensor, dy: Tensor, weight: Tensor, *, add: bool) -> None:
     """out = dy W, or out += dy W."""
     if kernels := _multiplying(dy, weight):
-        kernels.multiply(out, _in_rows(dy), weight, transposed=False, add=add)
+        kernels.multiply(out, in_rows(dy), weight, transposed=False, add=add)
     elif by_onednn(dy, weight):
         out.copy_(times(dy, weight, plus=out if add else None))
     else:
         out.addmm_(dy, weight, beta=1 if add else 0)
 
 
-def _in_rows(x: Tensor) -> Tensor:
+def in_rows(x: Tensor) -> Tensor:
+    """x, the numbers of each row next to each other, as kernels take it."""
     return x if x.stride(-1) == 1 else x.contiguous()
 
 

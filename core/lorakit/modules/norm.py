@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from lorakit.modules.low_rank import fused_now
+from lorakit.modules.matmul import in_rows, kernels_for
 
 
 class RMSNorm(nn.Module):
@@ -52,6 +53,14 @@ class _Normalized(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        rows = x.flatten(0, -2)
+        kernels = kernels_for(x)
+        ctx.kernels = kernels if kernels is not None and kernels.normalizes(rows) else None
+        if ctx.kernels is not None:
+            y = torch.empty_like(x, memory_format=torch.contiguous_format)
+            kept = ctx.kernels.normalize(in_rows(rows), weight, eps, y.flatten(0, -2))
+            ctx.save_for_backward(x, kept, weight)
+            return y
         dim = x.shape[-1]
         norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
         root = norm.square_().div_(dim).add_(eps).rsqrt_()
@@ -62,6 +71,11 @@ class _Normalized(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None]:
         x, root, weight = ctx.saved_tensors
+        if ctx.kernels is not None:
+            dx = torch.empty_like(x, memory_format=torch.contiguous_format)
+            rows = (in_rows(each.flatten(0, -2)) for each in (dy, x))
+            ctx.kernels.normalize_backward(*rows, weight, root, dx.flatten(0, -2))
+            return dx, None, None
         g = dy * weight
         along = torch.linalg.vecdot(g, x).unsqueeze(-1)
         along.mul_(root.pow(3)).div_(-x.shape[-1])

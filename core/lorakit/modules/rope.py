@@ -15,6 +15,7 @@ from torch.autograd.function import once_differentiable
 
 from lorakit.modules.layout import Layout
 from lorakit.modules.low_rank import fused_now
+from lorakit.modules.matmul import kernels_for
 from lorakit.modules.uncompiled import uncompiled
 
 
@@ -78,24 +79,31 @@ class _Rotation(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         ctx.save_for_backward(cos, sin)
-        return _rotated(x, cos, sin)
+        return _rotated(x, cos, sin, back=False)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None]:
         cos, sin = ctx.saved_tensors
-        return _rotated(dy, cos, -sin), None, None
+        return _rotated(dy, cos, sin, back=True), None, None
 
 
-def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def _rotated(x: Tensor, cos: Tensor, sin: Tensor, *, back: bool) -> Tensor:
     """x `[T, H, Dh]`, cos and sin `[T, 1, R]`, whose two halves are alike."""
     width = cos.shape[-1]
     half = width // 2
     cos, sin = cos[..., :half], sin[..., :half]
-    first, second = x[..., :half], x[..., half:width]
     y = torch.empty_like(x, memory_format=torch.contiguous_format)
-    torch.mul(first, cos, out=y[..., :half]).addcmul_(second, sin, value=-1)
-    torch.mul(second, cos, out=y[..., half:width]).addcmul_(first, sin)
+    kernels = kernels_for(x)
+    if kernels is not None and cos.dtype == x.dtype and kernels.rotates(x):
+        if x.stride()[1:] != (x.shape[2], 1):
+            x = x.contiguous()
+        kernels.rotate(x, cos, sin, y, back=back)
+        return y
+    sign = -1 if back else 1
+    first, second = x[..., :half], x[..., half:width]
+    torch.mul(first, cos, out=y[..., :half]).addcmul_(second, sin, value=-sign)
+    torch.mul(second, cos, out=y[..., half:width]).addcmul_(first, sin, value=sign)
     y[..., width:] = x[..., width:]
     return y
 

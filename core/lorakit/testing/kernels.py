@@ -1,9 +1,9 @@
-"""Conformance of kernels: products and attention as exact as torch's in fp32."""
+"""Conformance of kernels: all they compute is as exact as torch's in fp32."""
 
 from __future__ import annotations
 
 import unittest
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import product
 
@@ -45,6 +45,9 @@ def check_kernels(record: KernelLibrary) -> None:
     g, u, dout = torch.randn(3, 65, 130).mul_(4).unbind()
     if kernels.gates(g):
         _check_gate(kernels, g, u, dout)
+    if kernels.normalizes(g):
+        _check_norm(kernels, g, dout)
+    _check_rotation(kernels)
     for length, (heads, kv_heads) in product(LENGTHS, HEADS):
         q = torch.randn(length, heads, HEAD_DIM)
         k, v = torch.randn(2, length, kv_heads, HEAD_DIM)
@@ -88,11 +91,62 @@ def _check_gate(kernels: Kernels, g: Tensor, u: Tensor, dout: Tensor) -> None:
             kernels.gate_backward(dg, g, u, dg, du)
         found.append((out, dg, du))
     names = ("gate", "gate_backward: dg", "gate_backward: du")
-    for name, ours, others, right, again in zip(
-        names, found[0], theirs, exact, found[1], strict=True
-    ):
-        _ensure_close(ours, others, right, name)
-        ensure(torch.equal(ours, again), f"{name}: depends on the number of threads")
+    _ensure_each_close(names, found[0], theirs, exact, found[1])
+
+
+def _check_norm(kernels: Kernels, x: Tensor, dout: Tensor) -> None:
+    weight, eps = torch.rand(x.shape[1]) + 0.5, 1e-5
+
+    def norm(x: Tensor, weight: Tensor, dout: Tensor) -> tuple[Tensor, Tensor]:
+        x = x.clone().requires_grad_()
+        out = F.rms_norm(x, weight.shape, weight, eps)
+        return out.detach(), torch.autograd.grad(out, x, dout)[0]
+
+    exact, theirs = norm(x.double(), weight.double(), dout.double()), norm(x, weight, dout)
+    # As a step has them: a part of a larger tensor.
+    x = torch.cat([x, x], dim=1)[:, : x.shape[1]]
+    found = []
+    for threads in (1, 2):
+        out, dx = torch.empty_like(dout), torch.empty_like(dout)
+        with _torch_threads(threads):
+            kept = kernels.normalize(x, weight, eps, out)
+            kernels.normalize_backward(dout, x, weight, kept, dx)
+        found.append((out, dx))
+    names = ("normalize", "normalize_backward")
+    _ensure_each_close(names, found[0], theirs, exact, found[1])
+
+
+def _check_rotation(kernels: Kernels) -> None:
+    tokens, heads = 65, 3
+    # A whole head, one that does not fill vectors, a part of one.
+    for head_dim, half in ((64, 32), (40, 20), (80, 16)):
+        x = torch.randn(tokens, heads, head_dim)
+        if not kernels.rotates(x):
+            continue
+        angles = torch.randn(tokens, 1, half)
+        cos, sin = (torch.cat([part, part], dim=-1)[..., :half] for part in _cos_sin(angles))
+        exact = _rotated(x.double(), *_cos_sin(angles.double()))
+        found = []
+        for threads in (1, 2):
+            out, back = torch.empty_like(x), torch.empty_like(x)
+            with _torch_threads(threads):
+                # As one layer for q and more makes it.
+                kernels.rotate(torch.cat([x, x], dim=1)[:, :heads], cos, sin, out, back=False)
+                kernels.rotate(out, cos, sin, back, back=True)
+            found.append((out, back))
+        theirs = _rotated(x, cos, sin)
+        names = ("rotate", "rotate back")
+        _ensure_each_close(names, found[0], (theirs, x), (exact, x.double()), found[1])
+
+
+def _cos_sin(angles: Tensor) -> tuple[Tensor, Tensor]:
+    return angles.cos(), angles.sin()
+
+
+def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    half = cos.shape[-1]
+    first, second, rest = x.split([half, half, x.shape[-1] - 2 * half], dim=-1)
+    return torch.cat([first * cos - second * sin, second * cos + first * sin, rest], dim=-1)
 
 
 def _gated(g: Tensor, u: Tensor, dout: Tensor) -> tuple[Tensor, ...]:
@@ -116,12 +170,9 @@ def _check_attention(kernels: Kernels, q: Tensor, k: Tensor, v: Tensor) -> None:
             into = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
             kernels.attend_backward(dout, q, k, v, out, kept, scale, into, workspace)
         found.append((out, *into))
-    names = ("attend", *(f"attend_backward: d{name}" for name in "qkv"))
-    for name, ours, others, right, again in zip(
-        names, found[0], theirs, exact, found[1], strict=True
-    ):
-        _ensure_close(ours, others, right, f"{name}, {len(q)} tokens")
-        ensure(torch.equal(ours, again), f"{name}: depends on the number of threads")
+    parts = ("attend", *(f"attend_backward: d{name}" for name in "qkv"))
+    names = [f"{part}, {len(q)} tokens" for part in parts]
+    _ensure_each_close(names, found[0], theirs, exact, found[1])
 
 
 def _attention(q: Tensor, k: Tensor, v: Tensor, dout: Tensor, scale: float) -> tuple[Tensor, ...]:
@@ -134,6 +185,21 @@ def _attention(q: Tensor, k: Tensor, v: Tensor, dout: Tensor, scale: float) -> t
     scores = (scale * queries @ keys.transpose(1, 2)).masked_fill(hidden, float("-inf"))
     out = (scores.softmax(dim=-1) @ values).transpose(0, 1)
     return (out.detach(), *torch.autograd.grad(out, inputs, dout))
+
+
+def _ensure_each_close(
+    names: Sequence[str],
+    found: Sequence[Tensor],
+    theirs: Sequence[Tensor],
+    exact: Sequence[Tensor],
+    again: Sequence[Tensor],
+) -> None:
+    """Of several results, that none depends on the number of threads, too."""
+    for name, ours, others, right, once_more in zip(
+        names, found, theirs, exact, again, strict=True
+    ):
+        _ensure_close(ours, others, right, name)
+        ensure(torch.equal(ours, once_more), f"{name}: depends on the number of threads")
 
 
 def _ensure_close(ours: Tensor, theirs: Tensor, exact: Tensor, what: str) -> None:

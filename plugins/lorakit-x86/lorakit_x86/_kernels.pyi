@@ -28,6 +28,16 @@ def gate(*arguments: int) -> None:
 def gate_backward(*arguments: int) -> None:
     """dg, du, dout, g and u, each with its stride; rows, width; threads, parallel."""
 
+def normalize(*arguments: float) -> None:
+    """out, roots; x and its stride; weight; eps; rows, width; threads, parallel."""
+
+def normalize_backward(*arguments: int) -> None:
+    """dx; dout and x, each with its stride; weight, roots; rows, width; threads, parallel."""
+
+def rotate(*arguments: int) -> None:
+    """out; x and its stride; cos, sin and their stride; back; tokens, heads, head_dim, half;
+    threads, parallel."""
+
 def attention_bytes(
     units: int, tokens: int, heads: int, kv_heads: int, head_dim: int, threads: int, /
 ) -> int: ...

@@ -68,6 +68,29 @@ class AVX512Kernels:
     def gate_backward(self, dout: Tensor, g: Tensor, u: Tensor, dg: Tensor, du: Tensor) -> None:
         self.native.gate_backward(*_places(dg, du, dout, g, u), *g.shape, *_threads())
 
+    def normalizes(self, x: Tensor) -> bool:
+        return True
+
+    def normalize(self, x: Tensor, weight: Tensor, eps: float, out: Tensor) -> Tensor:
+        roots = x.new_empty(len(x))
+        places = out.data_ptr(), roots.data_ptr(), x.data_ptr(), x.stride(0), weight.data_ptr()
+        self.native.normalize(*places, eps, *x.shape, *_threads())
+        return roots
+
+    def normalize_backward(
+        self, dout: Tensor, x: Tensor, weight: Tensor, kept: Tensor, dx: Tensor
+    ) -> None:
+        places = dx.data_ptr(), *_places(dout, x), weight.data_ptr(), kept.data_ptr()
+        self.native.normalize_backward(*places, *x.shape, *_threads())
+
+    def rotates(self, x: Tensor) -> bool:
+        return True
+
+    def rotate(self, x: Tensor, cos: Tensor, sin: Tensor, out: Tensor, *, back: bool) -> None:
+        places = out.data_ptr(), x.data_ptr(), x.stride(0), cos.data_ptr(), sin.data_ptr()
+        half = cos.shape[-1]
+        self.native.rotate(*places, cos.stride(0), back, *x.shape, half, *_threads())
+
     def attends(self, q: Tensor, k: Tensor) -> bool:
         return len(q) >= SHORTEST and q.shape[-1] in HEAD_DIMS
 

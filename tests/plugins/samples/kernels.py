@@ -38,6 +38,32 @@ def load():
             dg.copy_(found[0])
             du.copy_(found[1])
 
+        def normalizes(self, x):
+            return True
+
+        def normalize(self, x, weight, eps, out):
+            self.asked.write("normalize\n")
+            out.copy_(normalized(x.double(), weight.double(), eps))
+            return torch.tensor(eps)
+
+        def normalize_backward(self, dout, x, weight, kept, dx):
+            self.asked.write("normalize_backward\n")
+            x = x.double().requires_grad_()
+            with torch.enable_grad():
+                y = normalized(x, weight.double(), kept.item())
+            dx.copy_(torch.autograd.grad(y, x, dout.double())[0])
+
+        def rotates(self, x):
+            return True
+
+        def rotate(self, x, cos, sin, out, *, back):
+            self.asked.write("rotate\n")
+            half = cos.shape[-1]
+            x, cos, sin = x.double(), cos.double(), -sin.double() if back else sin.double()
+            first, second = x[..., :half], x[..., half : 2 * half]
+            turned = first * cos - second * sin, second * cos + first * sin
+            out.copy_(torch.cat([*turned, x[..., 2 * half :]], dim=-1))
+
         def attends(self, q, k):
             return True
 
@@ -57,6 +83,9 @@ def load():
             found = torch.autograd.grad(again, inputs, dout.double())
             for gradient, tensor in zip(into, found, strict=True):
                 gradient.copy_(tensor)
+
+    def normalized(x, weight, eps):
+        return x * (x.square().mean(dim=-1, keepdim=True) + eps).rsqrt() * weight
 
     def attended(q, k, v, scale):
         shared = q.shape[1] // k.shape[1]

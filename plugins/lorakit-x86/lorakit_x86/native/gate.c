@@ -2,19 +2,15 @@
    each number read once and written once, where operation by operation would go through memory two
    and five times. */
 #include "gate.h"
+#include "rows.h"
 
 #if LORAKIT_HAS_KERNELS
-
-#include <stdatomic.h>
-
-enum { ROWS_AT_A_TIME = 16 };
 
 typedef struct {
   float *first, *second;
   const float *dout, *g, *u;
-  long first_stride, second_stride, dout_stride, g_stride, u_stride, rows, width;
-  atomic_long next;
-} work;
+  long first_stride, second_stride, dout_stride, g_stride, u_stride, width;
+} operands;
 
 AVX512_INLINE __m512 sigmoid(__m512 x) {
   const __m512 one = _mm512_set1_ps(1.0f);
@@ -22,7 +18,8 @@ AVX512_INLINE __m512 sigmoid(__m512 x) {
   return _mm512_div_ps(one, _mm512_add_ps(one, e));
 }
 
-AVX512 static void gate_row(const work *all, long row) {
+AVX512 static void gate_row(const void *data, long row) {
+  const operands *all = data;
   const float *g = all->g + row * all->g_stride, *u = all->u + row * all->u_stride;
   float *out = all->first + row * all->first_stride;
   for (long i = 0; i < all->width; i += 16) {
@@ -34,7 +31,8 @@ AVX512 static void gate_row(const work *all, long row) {
 }
 
 /* With s = sigmoid(g): silu'(g) = s (1 + g (1 - s)). */
-AVX512 static void gate_row_backward(const work *all, long row) {
+AVX512 static void gate_row_backward(const void *data, long row) {
+  const operands *all = data;
   const __m512 one = _mm512_set1_ps(1.0f);
   const float *g = all->g + row * all->g_stride, *u = all->u + row * all->u_stride;
   const float *dout = all->dout + row * all->dout_stride;
@@ -50,39 +48,20 @@ AVX512 static void gate_row_backward(const work *all, long row) {
   }
 }
 
-static void gate_rows(void *data) {
-  work *all = data;
-  for (long at; (at = atomic_fetch_add(&all->next, ROWS_AT_A_TIME)) < all->rows;) {
-    for (long row = at; row < smaller(at + ROWS_AT_A_TIME, all->rows); row++) {
-      if (all->dout)
-        gate_row_backward(all, row);
-      else
-        gate_row(all, row);
-    }
-  }
-}
-
-static void share_out(work *all, unsigned threads, parallel_fn parallel) {
-  if (threads > 1 && parallel)
-    parallel(gate_rows, all, threads, 0);
-  else
-    gate_rows(all);
-}
-
 void gate(float *out, long out_stride, const float *g, long g_stride, const float *u, long u_stride,
           long rows, long width, unsigned threads, parallel_fn parallel) {
-  work all = {.first = out, .first_stride = out_stride, .g = g, .g_stride = g_stride,
-              .u = u, .u_stride = u_stride, .rows = rows, .width = width};
-  share_out(&all, threads, parallel);
+  const operands all = {.first = out, .first_stride = out_stride, .g = g, .g_stride = g_stride,
+              .u = u, .u_stride = u_stride, .width = width};
+  for_each_row(gate_row, &all, rows, threads, parallel);
 }
 
 void gate_backward(float *dg, long dg_stride, float *du, long du_stride, const float *dout,
                    long dout_stride, const float *g, long g_stride, const float *u, long u_stride,
                    long rows, long width, unsigned threads, parallel_fn parallel) {
-  work all = {.first = dg, .first_stride = dg_stride, .second = du, .second_stride = du_stride,
+  const operands all = {.first = dg, .first_stride = dg_stride, .second = du, .second_stride = du_stride,
               .dout = dout, .dout_stride = dout_stride, .g = g, .g_stride = g_stride,
-              .u = u, .u_stride = u_stride, .rows = rows, .width = width};
-  share_out(&all, threads, parallel);
+              .u = u, .u_stride = u_stride, .width = width};
+  for_each_row(gate_row_backward, &all, rows, threads, parallel);
 }
 
 #endif

@@ -6,6 +6,8 @@
 #include "attention.h"
 #include "gate.h"
 #include "multiply.h"
+#include "norm.h"
+#include "rotate.h"
 
 #if LORAKIT_HAS_KERNELS
 #include <cpuid.h>
@@ -117,6 +119,54 @@ static PyObject *py_gate_backward(PyObject *self, PyObject *args) {
   Py_RETURN_NONE;
 }
 
+static PyObject *py_normalize(PyObject *self, PyObject *args) {
+  (void)self;
+  address out, roots, x, weight, parallel;
+  long x_stride, rows, width;
+  float eps;
+  unsigned threads;
+  if (!PyArg_ParseTuple(args, "KKKlKfllIK", &out, &roots, &x, &x_stride, &weight, &eps, &rows,
+                        &width, &threads, &parallel))
+    return NULL;
+  Py_BEGIN_ALLOW_THREADS;
+  normalize(numbers_at(out), numbers_at(roots), numbers_at(x), x_stride, numbers_at(weight), eps,
+            rows, width, threads, (parallel_fn)(uintptr_t)parallel);
+  Py_END_ALLOW_THREADS;
+  Py_RETURN_NONE;
+}
+
+static PyObject *py_normalize_backward(PyObject *self, PyObject *args) {
+  (void)self;
+  address dx, dout, x, weight, roots, parallel;
+  long dout_stride, x_stride, rows, width;
+  unsigned threads;
+  if (!PyArg_ParseTuple(args, "KKlKlKKllIK", &dx, &dout, &dout_stride, &x, &x_stride, &weight,
+                        &roots, &rows, &width, &threads, &parallel))
+    return NULL;
+  Py_BEGIN_ALLOW_THREADS;
+  normalize_backward(numbers_at(dx), numbers_at(dout), dout_stride, numbers_at(x), x_stride,
+                     numbers_at(weight), numbers_at(roots), rows, width, threads,
+                     (parallel_fn)(uintptr_t)parallel);
+  Py_END_ALLOW_THREADS;
+  Py_RETURN_NONE;
+}
+
+static PyObject *py_rotate(PyObject *self, PyObject *args) {
+  (void)self;
+  address out, x, cos, sin, parallel;
+  long x_stride, angle_stride, tokens, heads, head_dim, half;
+  int back;
+  unsigned threads;
+  if (!PyArg_ParseTuple(args, "KKlKKlpllllIK", &out, &x, &x_stride, &cos, &sin, &angle_stride, &back,
+                        &tokens, &heads, &head_dim, &half, &threads, &parallel))
+    return NULL;
+  Py_BEGIN_ALLOW_THREADS;
+  rotate(numbers_at(out), numbers_at(x), x_stride, numbers_at(cos), numbers_at(sin), angle_stride,
+         back, tokens, heads, head_dim, half, threads, (parallel_fn)(uintptr_t)parallel);
+  Py_END_ALLOW_THREADS;
+  Py_RETURN_NONE;
+}
+
 static PyObject *py_attention_bytes(PyObject *self, PyObject *args) {
   (void)self;
   long tokens, heads, kv_heads, head_dim;
@@ -174,6 +224,9 @@ static PyMethodDef methods[] = {
     {"multiply", py_multiply, METH_VARARGS, "out = x W, or x W^T; see multiply.h."},
     {"gate", py_gate, METH_VARARGS, "out = silu(g) u; see gate.h."},
     {"gate_backward", py_gate_backward, METH_VARARGS, "Its gradients; see gate.h."},
+    {"normalize", py_normalize, METH_VARARGS, "RMSNorm; see norm.h."},
+    {"normalize_backward", py_normalize_backward, METH_VARARGS, "Its gradient; see norm.h."},
+    {"rotate", py_rotate, METH_VARARGS, "Rotary embedding; see rotate.h."},
     {"attention_bytes", py_attention_bytes, METH_VARARGS, "Of workspace; see attention.h."},
     {"attend", py_attend, METH_VARARGS, "Causal attention; see attention.h."},
     {"attend_backward", py_attend_backward, METH_VARARGS, "Its gradients; see attention.h."},

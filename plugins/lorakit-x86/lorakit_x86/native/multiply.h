@@ -40,11 +40,6 @@ void *kept(long bytes);
 
 #if LORAKIT_HAS_KERNELS
 
-/* The first so many of 16 numbers, and zeros. */
-AVX512_INLINE __m512 load_numbers(const float *from, long count) {
-  return _mm512_maskz_loadu_ps(first_of_16(count), from);
-}
-
 /* Of a row of W so many of 16 numbers from `at` on, and zeros. */
 AVX512_INLINE __m512 load_weight(matrix w, long row, long at, long count) {
   const long place = row * w.stride + at;

@@ -27,6 +27,11 @@ AVX512_INLINE __mmask16 first_of_16(long count) {
   return count >= 16 ? 0xFFFF : count > 0 ? (__mmask16)((1u << count) - 1) : 0;
 }
 
+/* The first so many of 16 numbers, and zeros. */
+AVX512_INLINE __m512 load_numbers(const float *from, long count) {
+  return _mm512_maskz_loadu_ps(first_of_16(count), from);
+}
+
 /* 16 x 16 numbers of 32 bits, or pairs of bf16, transposed. */
 AVX512_INLINE void transpose(__m512i r[16]) {
   __m512i t[16];
