@@ -18,7 +18,7 @@ from lorakit.errors import RunError
 from lorakit.logs import LoggerGroup
 from lorakit.loss import batch_loss
 from lorakit.memory import peak_memory_bytes
-from lorakit.modules.low_rank import norms_kept
+from lorakit.modules.row_norms import norms_kept
 from lorakit.protocols import CausalLM, Precision
 from lorakit.state import TrainState
 

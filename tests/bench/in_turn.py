@@ -17,7 +17,7 @@ from lorakit.assemble import Run, assemble
 from lorakit.data.batches import Batch
 from lorakit.loop import trainable_parameters
 from lorakit.loss import batch_loss
-from lorakit.modules.low_rank import norms_kept
+from lorakit.modules.row_norms import norms_kept
 from lorakit.progress import SilentProgress
 from lorakit.recipes import resolve_recipe
 

@@ -31,7 +31,7 @@ from lorakit.assemble import Run, assemble
 from lorakit.data.batches import Batch
 from lorakit.loss import chunk_tokens
 from lorakit.modules.attention import Attention
-from lorakit.modules.low_rank import LowRank, factor_of, low_rank_of
+from lorakit.modules.low_rank import LowRank, low_rank_of
 from lorakit.modules.matmul import (
     add_times,
     kernels_for,
@@ -43,7 +43,7 @@ from lorakit.modules.matmul import (
     use_kernels,
     use_onednn,
 )
-from lorakit.modules.narrow import row_blocks
+from lorakit.modules.narrow import factor_of, row_blocks
 from lorakit.progress import TerminalProgress
 from lorakit.protocols import Kernels
 from lorakit.recipes import resolve_recipe

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 
 from lorakit.blocks import checkpoint_blocks
-from lorakit.modules import low_rank
-from lorakit.modules.low_rank import norms_kept
+from lorakit.modules import row_norms
+from lorakit.modules.row_norms import norms_kept
 
 
 def test_once_for_all_micro_batches_and_recomputations(
@@ -15,9 +15,9 @@ def test_once_for_all_micro_batches_and_recomputations(
     model, batch = make_model("llama", "dora"), make_batch()
     checkpoint_blocks(model, "block")
     loss, expected = loss_and_gradients(model, batch)
-    asked, own = [], low_rank.row_norms
+    asked, own = [], row_norms.row_norms
     monkeypatch.setattr(
-        low_rank, "row_norms", lambda part, weight: asked.append(part.up) or own(part, weight)
+        row_norms, "row_norms", lambda part, weight: asked.append(part.up) or own(part, weight)
     )
     with norms_kept():
         for _ in range(2):

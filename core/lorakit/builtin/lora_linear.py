@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lorakit.modules.low_rank import LowRank, row_norms
+from lorakit.modules.low_rank import LowRank
+from lorakit.modules.row_norms import row_norms
 
 
 class LoRALinear(nn.Module):

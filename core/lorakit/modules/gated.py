@@ -21,7 +21,7 @@ from lorakit.modules.low_rank import (
     KEPT,
     LowRank,
     backward_products,
-    forward_product,
+    forward_products,
     low_ranks_of,
     trained,
 )
@@ -86,10 +86,10 @@ class _Gated(torch.autograd.Function):
         recompute: bool,
         *parameters: Tensor | None,
     ) -> Tensor:
-        results = [forward_product(part, x) for part in parts[:-1]]
+        results = forward_products(parts[:-1], x)
         g, u = halves([result.y for result in results])
         h = _gate(g, u, activation)
-        last = forward_product(parts[-1], h)
+        (last,) = forward_products(parts[-1:], h)
         ctx.parts, ctx.activation, ctx.recompute = parts, activation, recompute
         if recompute:
             ctx.save_for_backward(x, *(result.dropped for result in results), *last.kept)
@@ -105,7 +105,7 @@ class _Gated(torch.autograd.Function):
         x, *saved = ctx.saved_tensors
         made, kept = saved[: len(inner)], saved[len(inner) :]
         if ctx.recompute:
-            again = [forward_product(p, x, dropped) for p, dropped in zip(inner, made, strict=True)]
+            again = forward_products(inner, x, made)
             made = [result.y for result in again]
             kept = [tensor for result in again for tensor in result.kept] + kept
         g, u = halves(made)

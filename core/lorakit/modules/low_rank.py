@@ -14,7 +14,7 @@ Source of the idea: Unsloth's and Axolotl's LoRA kernels, which do the same for 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, cast
 
@@ -23,15 +23,9 @@ from attrs import frozen
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from lorakit.modules.frozen import StoredLinear, has_memory, materialized
-from lorakit.modules.matmul import (
-    add_times,
-    multiplies_as_stored,
-    times,
-    times_transposed,
-    transposed_times,
-)
-from lorakit.modules.narrow import NarrowLinear
+from lorakit.modules.matmul import add_times, times, times_transposed, transposed_times
+from lorakit.modules.narrow import factor_of
+from lorakit.modules.row_norms import norms_of
 
 
 @frozen(eq=False)
@@ -127,7 +121,7 @@ class _Projections(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, parts: list[LowRank], *parameters: Tensor | None
     ) -> tuple[Tensor, ...]:
-        results = [forward_product(part, x) for part in parts]
+        results = forward_products(parts, x)
         ctx.parts = parts
         ctx.save_for_backward(x, *(t for result in results for t in result.kept))
         return tuple(result.y for result in results)
@@ -162,22 +156,58 @@ class Product:
         return self.kept[1]
 
 
-def forward_product(part: LowRank, x: Tensor, dropped: Tensor | None = None) -> Product:
-    """One layer's forward pass.  x `[T, in]`; `dropped` is which inputs an earlier one has
-    dropped, to repeat it."""
+def forward_products(
+    parts: Sequence[LowRank], x: Tensor, dropped: Sequence[Tensor | None] = ()
+) -> list[Product]:
+    """The forward pass of layers that share an input.
+
+    Args:
+        parts: The layers.
+        x: Their input `[T, in]`.
+        dropped: Which inputs an earlier pass has dropped for each, to repeat it.
+    """
+    lows: Sequence[Tensor | None] = [None] * len(parts)
+    if _together(parts, dropped):
+        # One product with all first factors: each is thin, and x is read once.
+        downs = torch.cat([cast(Tensor, part.down).to(x.dtype) for part in parts])
+        lows = times_transposed(x, downs).split(_ranks(parts), dim=1)
+    again = dropped or [None] * len(parts)
+    return [
+        _forward_product(part, x, mask, low)
+        for part, mask, low in zip(parts, again, lows, strict=True)
+    ]
+
+
+def _together(parts: Sequence[LowRank], dropped: Sequence[Tensor | None]) -> bool:
+    """Whether the thin products of several layers with their input are one: all have factors, and
+    nothing is dropped."""
+    drop = any(part.dropout for part in parts) or any(mask is not None for mask in dropped)
+    return len(parts) > 1 and not drop and all(part.down is not None for part in parts)
+
+
+def _ranks(parts: Sequence[LowRank]) -> list[int]:
+    return [len(cast(Tensor, part.down)) for part in parts]
+
+
+def _forward_product(
+    part: LowRank, x: Tensor, dropped: Tensor | None, low: Tensor | None
+) -> Product:
+    """One layer's; `low` is x A^T, if it is there already."""
     weight = factor_of(part.base, x)
     y = times_transposed(x, weight)
     bias = getattr(part.base, "bias", None)
-    low = ratio = None
+    ratio = None
     if part.down is not None and part.up is not None:
         # The factors may be wider than the activations (fp32 beside bf16).
         down, up = part.down.to(x.dtype), part.up.to(x.dtype)
-        if dropped is None:
-            dropped = dropped_inputs(x, part.dropout)
-        low = times_transposed(without(x, dropped, part.dropout), down).mul_(part.scale)
+        if low is None:
+            if dropped is None:
+                dropped = dropped_inputs(x, part.dropout)
+            low = times_transposed(without(x, dropped, part.dropout), down)
+        low.mul_(part.scale)
         add_times(y, low, up.t())
         if part.magnitude is not None:
-            ratio = (part.magnitude / _norms_of(part, weight)).to(x.dtype)
+            ratio = (part.magnitude / norms_of(part, weight)).to(x.dtype)
             y.mul_(ratio)
     if bias is not None:
         y.add_(bias.to(x.dtype))
@@ -205,26 +235,52 @@ def backward_products(
         The gradient of x, and those of each layer's A, B and m.
     """
     dx: Tensor | None = None
-    gradients: list[Tensor | None] = []
+    found = []
     for index, (part, dy) in enumerate(zip(parts, dys, strict=True)):
         mine = kept[KEPT * index : KEPT * (index + 1)]
-        dx, of_part = _backward_product(part, x, dy, mine, dx, wanted=wanted)
-        gradients += of_part
+        dx, of_part = _backward_product(part, dy, mine, dx, wanted=wanted)
+        found.append(of_part)
+    lows = [of_part.low for of_part in found]
+    dropped = kept[1 : KEPT * len(parts) : KEPT]
+    if _together(parts, dropped):
+        downs = torch.cat([cast(Tensor, part.down).to(x.dtype) for part in parts])
+        low = torch.cat(cast("list[Tensor]", lows), dim=1)
+        d_downs: Sequence[Tensor | None] = transposed_times(low, x).split(_ranks(parts))
+        if dx is not None:
+            add_times(dx, low, downs)
+    else:
+        d_downs = [
+            None if low is None else _through_first_factor(part, x, low, mask, dx)
+            for part, low, mask in zip(parts, lows, dropped, strict=True)
+        ]
+    gradients: list[Tensor | None] = []
+    for part, of_part, d_down in zip(parts, found, d_downs, strict=True):
+        of_down = None if d_down is None else d_down.to(cast(Tensor, part.down).dtype)
+        gradients += [of_down, of_part.up, of_part.magnitude]
     return dx, gradients
+
+
+@frozen(eq=False)
+class _Gradients:
+    """Those of s x A^T `[T, r]`, times s, of B and of m; None where there is no such thing."""
+
+    low: Tensor | None = None
+    up: Tensor | None = None
+    magnitude: Tensor | None = None
 
 
 def _backward_product(
     part: LowRank,
-    x: Tensor,
     dy: Tensor,
     kept: Sequence[Tensor | None],
     dx: Tensor | None,
     *,
     wanted: bool,
-) -> tuple[Tensor | None, tuple[Tensor | None, Tensor | None, Tensor | None]]:
-    """One layer's; `dx` is the input's gradient so far, and may be written over."""
-    low, dropped, y, ratio = kept
-    d_down = d_up = d_magnitude = None
+) -> tuple[Tensor | None, _Gradients]:
+    """One layer's, but for its first factor; `dx` is the input's gradient so far, and may be
+    written over."""
+    low, _, y, ratio = kept
+    d_magnitude = None
     if ratio is not None and y is not None and part.magnitude is not None:
         bias = getattr(part.base, "bias", None)
         inner = y if bias is None else y - bias.to(y.dtype)
@@ -235,93 +291,24 @@ def _backward_product(
         dy = dy * ratio
     if wanted:
         dx = times(dy, factor_of(part.base, dy), plus=dx)
-    if low is not None and part.down is not None and part.up is not None:
-        d_low = times(dy, part.up.to(dy.dtype)).mul_(part.scale)
-        d_up = transposed_times(low, dy).t().to(part.up.dtype)
-        d_down = transposed_times(d_low, without(x, dropped, part.dropout)).to(part.down.dtype)
-        if dx is not None:
-            down = part.down.to(dy.dtype)
-            if dropped is None:
-                add_times(dx, d_low, down)
-            else:
-                dx.add_(without(times(d_low, down), dropped, part.dropout))
-    return dx, (d_down, d_up, d_magnitude)
+    if low is None or part.up is None:
+        return dx, _Gradients(magnitude=d_magnitude)
+    d_low = times(dy, part.up.to(dy.dtype)).mul_(part.scale)
+    d_up = transposed_times(low, dy).t().to(part.up.dtype)
+    return dx, _Gradients(d_low, d_up, d_magnitude)
 
 
-def factor_of(base: nn.Module, x: Tensor) -> Tensor:
-    """W `[out, in]` in the dtype of x, or in another that products with x take it in; for the next
-    product only."""
-    if isinstance(base, NarrowLinear) and multiplies_as_stored(x, base.weight):
-        return base.weight
-    return weight_of(base, x)
-
-
-def weight_of(base: nn.Module, like: Tensor) -> Tensor:
-    """W `[out, in]` in the dtype of `like`, for the next product only."""
-    if type(base) is nn.Linear and base.weight.dtype == like.dtype:
-        return base.weight
-    if type(base) is nn.Linear:
-        return base.weight.to(like.dtype)
-    if isinstance(base, (StoredLinear, NarrowLinear)):
-        return materialized(base, like)
-    # A scheme's own module need not know how to write into a buffer.
-    dequantize = cast("Callable[[], Tensor]", base.dequantize)
-    return dequantize().to(like.dtype)
-
-
-_norms: list[dict[Tensor, Tensor]] = []
-
-
-@contextmanager
-def norms_kept() -> Iterator[None]:
-    """Within it no parameter changes, so that rows' norms are computed once for all micro-batches,
-    threads and recomputations."""
-    _norms.append({})
-    try:
-        yield
-    finally:
-        _norms.pop()
-
-
-def _norms_of(part: LowRank, weight: Tensor) -> Tensor:
-    if not _norms or part.up is None or not has_memory(weight):
-        return row_norms(part, weight)
-    # Two threads may compute the same; either result will do.
-    found = _norms[-1].get(part.up)
-    if found is None:
-        found = _norms[-1][part.up] = row_norms(part, weight)
-    return found
-
-
-@torch.no_grad()
-def row_norms(part: LowRank, weight: Tensor) -> Tensor:
-    """||W + s B A|| of each row `[out]`, fp32, without the dense product B A.
-
-    Per row, ||W + s B A||^2 = ||W||^2 + 2 s <W A^T, B> + s^2 <B A A^T, B>: the cost of r more
-    tokens.  The norm counts as a constant in the backward pass (arXiv 2402.09353, section 4.3).
-
-    Args:
-        part: With a magnitude.
-        weight: W `[out, in]`, as materialized already.
-    """
-    assert part.down is not None
-    assert part.up is not None
-    assert part.squared_norms is not None
-    a, b = part.down.float(), part.up.float()
-    cross = (_with_rows(weight, a, part.base) * b).sum(dim=1)
-    square = ((b @ (a @ a.t())) * b).sum(dim=1)
-    total = part.squared_norms + 2 * part.scale * cross + part.scale**2 * square
-    # Above 0, so that a row of zeros gives zeros and not 0/0.
-    return total.clamp_min(torch.finfo(total.dtype).tiny).sqrt()
-
-
-def _with_rows(weight: Tensor, a: Tensor, base: nn.Module) -> Tensor:
-    """W A^T `[out, r]`, fp32; W may be in another dtype than it is to be multiplied in."""
-    if multiplies_as_stored(a, weight):
-        return times_transposed(a, weight).t()
-    if isinstance(base, NarrowLinear) and weight is base.weight:
-        weight = weight_of(base, a)
-    return (weight @ a.to(weight.dtype).t()).float()
+def _through_first_factor(
+    part: LowRank, x: Tensor, d_low: Tensor, dropped: Tensor | None, dx: Tensor | None
+) -> Tensor:
+    """The gradient of A; adds to dx, if there is one, what comes to x by A."""
+    if dx is not None:
+        down = cast(Tensor, part.down).to(d_low.dtype)
+        if dropped is None:
+            add_times(dx, d_low, down)
+        else:
+            dx.add_(without(times(d_low, down), dropped, part.dropout))
+    return transposed_times(d_low, without(x, dropped, part.dropout))
 
 
 def dropped_inputs(x: Tensor, share: float) -> Tensor | None:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from lorakit.modules.frozen import StoredLinear
+from lorakit.modules.frozen import StoredLinear, materialized
 from lorakit.modules.matmul import multiplies_as_stored, times_into, times_transposed_into
 from lorakit.scratch import scratch
 
@@ -91,6 +91,27 @@ def project_back(dy: Tensor, weight: Tensor, *, out: Tensor) -> None:
     """out = dy W: dy `[N, out]`, W `[out, in]` in any float, out `[N, in]`."""
     for rows, block in row_blocks(weight, dy):
         times_into(out, dy[:, rows], block, add=rows.start > 0)
+
+
+def factor_of(base: nn.Module, x: Tensor) -> Tensor:
+    """W `[out, in]` in the dtype of x, or in another that products with x take it in; for the next
+    product only."""
+    if isinstance(base, NarrowLinear) and multiplies_as_stored(x, base.weight):
+        return base.weight
+    return weight_of(base, x)
+
+
+def weight_of(base: nn.Module, like: Tensor) -> Tensor:
+    """W `[out, in]` in the dtype of `like`, for the next product only."""
+    if type(base) is nn.Linear and base.weight.dtype == like.dtype:
+        return base.weight
+    if type(base) is nn.Linear:
+        return base.weight.to(like.dtype)
+    if isinstance(base, (StoredLinear, NarrowLinear)):
+        return materialized(base, like)
+    # A scheme's own module need not know how to write into a buffer.
+    dequantize = cast("Callable[[], Tensor]", base.dequantize)
+    return dequantize().to(like.dtype)
 
 
 class NarrowEmbedding(nn.Embedding):

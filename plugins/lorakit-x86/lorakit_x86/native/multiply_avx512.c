@@ -1,17 +1,17 @@
 /* x W and x W^T in fp32, by AVX-512.
 
-   W is copied, panels of 32 columns after each other, widened or transposed on the way; x is read
-   where it is. */
+   Both are copied to where the product reads them one number after the other: W in panels of 32
+   columns, widened or transposed on the way, x in tiles of 12 rows. */
 #include "multiply.h"
 
 #if LORAKIT_HAS_KERNELS
 
 /* Results are made 12 rows by 32 columns at a time, in 24 of the 32 registers. */
-enum { ROWS_AT_A_TIME = 12, PANEL = 32 };
+enum { TILE = 12, PANEL = 32 };
 
 /* What is handled at a time, to stay in a core's second cache (1 MB and more): so many rows of x, as
    far along as spares most rereading of results, and as much of W. */
-enum { ROWS = 30 * ROWS_AT_A_TIME, INNER = 576, WEIGHT_BYTES = 1 << 18 };
+enum { ROWS = 30 * TILE, INNER = 576, WEIGHT_BYTES = 1 << 18 };
 
 /* A panel of W: 32 columns. */
 AVX512 static void copy_straight(matrix w, long column, long columns, long at, long inner,
@@ -41,62 +41,79 @@ AVX512 static void copy_transposed(matrix w, long row, long rows, long at, long 
     }
 }
 
-/* So many rows, at most 12, of a panel's results. */
-AVX512_INLINE void multiply_rows(const float *x, long stride, const float *w, long inner,
-                                 float *out, long out_stride, long columns, int add, int rows) {
+/* Rows of x, 12 at a time, the 12 next to each other for each column; rows there are not, are zeros. */
+AVX512 static void copy_rows(const float *x, long stride, long rows, long inner, float *to) {
+  for (long row = 0; row < rows; row += TILE, to += TILE * inner)
+    for (long k = 0; k < inner; k += 16) {
+      __m512i part[16];
+#pragma GCC unroll 16
+      for (long i = 0; i < 16; i++)
+        part[i] = i < smaller(rows - row, TILE)
+                      ? _mm512_castps_si512(load_numbers(x + (row + i) * stride + k, inner - k))
+                      : _mm512_setzero_si512();
+      transpose(part);
+      for (long i = 0; i < smaller(inner - k, 16); i++)
+        _mm512_mask_storeu_epi32(to + (k + i) * TILE, first_of_16(TILE), part[i]);
+    }
+}
+
+/* Results of the first `tile` of 12 rows with a panel, of which there are `rows`. */
+AVX512_INLINE void multiply_tile(const float *x, const float *w, long inner, float *out,
+                                 long out_stride, long rows, long columns, int add, int tile) {
   const __mmask16 low = first_of_16(columns), high = first_of_16(columns - 16);
-  __m512 sums[ROWS_AT_A_TIME][2];
+  __m512 sums[TILE][2];
 #pragma GCC unroll 12
-  for (int i = 0; i < rows; i++) {
+  for (int i = 0; i < tile; i++) {
     sums[i][0] = sums[i][1] = _mm512_setzero_ps();
     /* Where results go: fetched while they are made. */
     __builtin_prefetch(out + i * out_stride, 1);
     __builtin_prefetch(out + i * out_stride + 16, 1);
   }
-  for (long k = 0; k < inner; k++, w += PANEL) {
+#pragma GCC unroll 2
+  for (long k = 0; k < inner; k++, x += TILE, w += PANEL) {
     const __m512 first = _mm512_load_ps(w), second = _mm512_load_ps(w + 16);
 #pragma GCC unroll 12
-    for (int i = 0; i < rows; i++) {
-      const __m512 left = _mm512_set1_ps(x[i * stride + k]);
+    for (int i = 0; i < tile; i++) {
+      const __m512 left = _mm512_set1_ps(x[i]);
       sums[i][0] = _mm512_fmadd_ps(left, first, sums[i][0]);
       sums[i][1] = _mm512_fmadd_ps(left, second, sums[i][1]);
     }
   }
 #pragma GCC unroll 12
-  for (int i = 0; i < rows; i++) {
-    float *to = out + i * out_stride;
+  for (int i = 0; i < tile; i++, out += out_stride) {
+    if (i >= rows) return;
     if (add) {
-      sums[i][0] = _mm512_add_ps(sums[i][0], _mm512_maskz_loadu_ps(low, to));
-      sums[i][1] = _mm512_add_ps(sums[i][1], _mm512_maskz_loadu_ps(high, to + 16));
+      sums[i][0] = _mm512_add_ps(sums[i][0], _mm512_maskz_loadu_ps(low, out));
+      sums[i][1] = _mm512_add_ps(sums[i][1], _mm512_maskz_loadu_ps(high, out + 16));
     }
-    _mm512_mask_storeu_ps(to, low, sums[i][0]);
-    _mm512_mask_storeu_ps(to + 16, high, sums[i][1]);
+    _mm512_mask_storeu_ps(out, low, sums[i][0]);
+    _mm512_mask_storeu_ps(out + 16, high, sums[i][1]);
   }
 }
 
 /* All rows of x, times a panel. */
-AVX512 static void multiply_panel(const float *x, long stride, const float *w, long inner,
-                                  float *out, long out_stride, long rows, long columns, int add) {
-  /* Constants, so that each count is compiled for itself. */
-#define REPEAT(count)                                                                    \
-  for (; rows >= count; rows -= count, x += count * stride, out += count * out_stride) \
-    multiply_rows(x, stride, w, inner, out, out_stride, columns, add, count);
-  REPEAT(12)
-  REPEAT(8)
-  REPEAT(4)
-  REPEAT(2)
-  REPEAT(1)
-#undef REPEAT
+AVX512 static void multiply_panel(const float *x, const float *w, long inner, float *out,
+                                  long out_stride, long rows, long columns, int add) {
+  for (; rows > 0; rows -= TILE, x += TILE * inner, out += TILE * out_stride) {
+    /* Constants, so that each is compiled for itself. */
+    if (rows > 8)
+      multiply_tile(x, w, inner, out, out_stride, rows, columns, add, 12);
+    else if (rows > 4)
+      multiply_tile(x, w, inner, out, out_stride, rows, columns, add, 8);
+    else
+      multiply_tile(x, w, inner, out, out_stride, rows, columns, add, 4);
+  }
 }
 
 int multiply_on_avx512(const product *p) {
-  float *w = kept(WEIGHT_BYTES);
+  float *w = kept(WEIGHT_BYTES + ROWS * INNER * (long)sizeof(float));
   if (!w) return 1;
+  float *x = w + WEIGHT_BYTES / sizeof(float);
   for (long row = 0; row < p->rows; row += ROWS)
     for (long at = 0; at < p->inner; at += INNER) {
-      const float *x = p->x + row * p->x_stride + at;
       const long rows = smaller(p->rows - row, ROWS), inner = smaller(p->inner - at, INNER);
       const long width = WEIGHT_BYTES / 4 / inner / PANEL * PANEL;
+      copy_rows(p->x + row * p->x_stride + at, p->x_stride, rows, inner, x);
       for (long column = 0; column < p->columns; column += width) {
         const long columns = smaller(p->columns - column, width);
         float *out = p->out + row * p->out_stride + column;
@@ -104,8 +121,8 @@ int multiply_on_avx512(const product *p) {
           (p->transposed ? copy_transposed : copy_straight)(p->weight, column + j, columns - j, at,
                                                             inner, w + j * inner);
         for (long j = 0; j < columns; j += PANEL)
-          multiply_panel(x, p->x_stride, w + j * inner, inner, out + j, p->out_stride, rows,
-                         columns - j, p->add || at > 0);
+          multiply_panel(x, w + j * inner, inner, out + j, p->out_stride, rows, columns - j,
+                         p->add || at > 0);
       }
     }
   return 0;
