@@ -156,7 +156,7 @@ def assemble(
     total = sum(1 for _ in plan.first_windows(training.epochs, training.max_steps))
     lengths = [*dataset.report.lengths, *(evaluated.report.lengths if evaluated else [])]
     long = rows_notice(lengths, base.checkpoint.config, data.max_seq_len)
-    said = (long, tuned, kernels, precision.notice, _optimizer_notice(recipe, device))
+    said = (long, tuned, *kernels, precision.notice, _optimizer_notice(recipe, device))
     notices = [n for n in said if n]
     if plan.threads > 1:
         notices.append(

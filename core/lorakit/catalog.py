@@ -106,7 +106,9 @@ class Catalog:
     def _unknown(self, kind: str, name: str) -> str:
         hint = did_you_mean(name, self.offers[kind])
         known = listing(self.names(kind))
-        return f"no {kind} is called {name!r}{hint or f' (there is: {known})'}"
+        # "kernels" is a plural.
+        verb = "are" if kind.endswith("s") else "is"
+        return f"no {kind} {verb} called {name!r}{hint or f' (there is: {known})'}"
 
     def _who_would(self, kind: str, name: str) -> str:
         """Which plugin that is not loaded would offer the name, and what to do about it."""

@@ -14,12 +14,10 @@ from lorakit.runtime import is_tuned
 
 if TYPE_CHECKING:
     from lorakit.catalog import Catalog
-    from lorakit.protocols import Kernels
-    from lorakit.records import KernelLibrary
 
 
-def choose_kernels(name: str, catalog: Catalog, device: torch.device) -> str | None:
-    """Has products computed by the kernels of that name from here on; returns a line for the log.
+def choose_kernels(name: str, catalog: Catalog, device: torch.device) -> list[str]:
+    """Has products computed by the kernels of that name from here on; returns lines for the log.
 
     Args:
         name: `training.kernels`; `auto` takes the first by name that can be used on this machine,
@@ -31,28 +29,22 @@ def choose_kernels(name: str, catalog: Catalog, device: torch.device) -> str | N
         UserError: Kernels are named that cannot be used on this machine.
     """
     use_kernels(None)
-    unwanted = device.type != "cpu" or (name == AUTO and not is_tuned(device))
-    found = None if unwanted else _found(name, catalog)
-    if found is None:
-        return None
-    use_kernels(found[1])
-    return f'kernels: {found[0].summary} (training.kernels = "{TORCH}" turns this off)'
-
-
-def _found(name: str, catalog: Catalog) -> tuple[KernelLibrary, Kernels] | None:
-    if name == TORCH:
-        return None
-    libraries = catalog.all("kernels") if name == AUTO else [catalog.get("kernels", name)]
-    for library in libraries:
+    if name == TORCH or device.type != "cpu" or (name == AUTO and not is_tuned(device)):
+        return []
+    said: list[str] = []
+    for library in catalog.all("kernels") if name == AUTO else [catalog.get("kernels", name)]:
         try:
             reason = library.unusable()
             if reason is None:
-                return library, library.load()
+                use_kernels(library.load())
+                off = f'training.kernels = "{TORCH}" turns this off'
+                return [*said, f"kernels: {library.summary} ({off})"]
         except Exception as error:
             reason = explain(error)
+            said.append(f"kernels: {library.name} failed and is not used: {reason}")
         if name != AUTO:
             raise UserError(
                 f"training.kernels: {name} cannot be used here: {reason}",
                 f'Set training.kernels = "{AUTO}".',
             )
-    return None
+    return said

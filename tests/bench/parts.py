@@ -47,11 +47,12 @@ CANDIDATES = {
         )
     },
 }
+CANDIDATES[f"{CANDIDATE}packed 1,536"] = packed(1536)
 CANDIDATES[f"{CANDIDATE}packed 1,024, products by torch"] = packed(1024).but(
     training={"kernels": "torch"}
 )
 DEFAULT = f"{CANDIDATE}packed 2,048"
-QUANTIZED = ("packed 512", "packed 1,024", "packed 2,048, checkpointing selective")
+QUANTIZED = ("packed 512", "packed 1,024", "packed 1,536", "packed 2,048, checkpointing selective")
 LENGTHS = (256, 512, 1024, 2048)
 TURNS = (1, 2)
 MEMORY_LENGTHS = (1024, 2048, 4096, 8192)

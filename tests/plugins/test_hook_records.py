@@ -242,7 +242,9 @@ def test_lorakit_kernels(
     assert not asked.exists()
 
     run = lorakit.train(recipe, output=tmp_path / "wide", overrides={"training.kernels": "a-wide"})
-    assert "kernels: products in float64" in capfd.readouterr().out
+    said = capfd.readouterr().out
+    assert "kernels: products in float64" in said
+    assert "a-broken" not in said
     assert set(asked.read_text().split()) == {
         *("multiply", "gate", "gate_backward", "attend", "attend_backward"),
         *("normalize", "normalize_backward", "rotate"),
@@ -255,6 +257,22 @@ def test_lorakit_kernels(
         monkeypatch.setenv("LORAKIT_TUNE", tuned)
         lorakit.train(recipe, output=tmp_path / f"tuned-{tuned}")
         assert asked.exists() is (tuned == "1")
+
+
+def test_lorakit_kernels_that_fail_are_told_of_and_not_used(
+    plant: Callable[[str, str], str],
+    small_recipe: Recipe,
+    capfd: Any,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+):
+    plant("lorakit-broken-kernels", BROKEN_KERNELS)
+    monkeypatch.setattr("lorakit.assemble.tune_process", lambda *_, **__: None)
+    monkeypatch.setenv("LORAKIT_TUNE", "1")
+    recipe = small_recipe(loggers=[{"name": "terminal"}], training={"max_steps": 1})
+    lorakit.train(recipe, output=tmp_path / "run")
+    told = "kernels: a-broken failed and is not used: OSError: no such units"
+    assert told in " ".join(capfd.readouterr().out.split())
 
 
 def test_lorakit_kernels_that_cannot_be_used_are_refused_by_name(
