@@ -36,7 +36,8 @@ def checkpoint_blocks(
             between.  A block without a part named `mlp` then keeps its input only.
         offload: In block mode, keeps those inputs on the host; but the last block's, which is
             needed at once.
-        compiled: The blocks are; what is kept of their norms is then the compiler's choice.
+        compiled: The blocks are; what is kept of their norms is then the compiler's choice, and
+            `selective` makes again what the feed-forward layer gives only.
     """
     last = len(model.blocks) - 1
     for i, block in enumerate(model.blocks):
@@ -59,10 +60,12 @@ def _checkpointed(module: nn.Module, forward: Any, hooks: Any, *args: Any) -> An
 
 
 def _recompute_selectively(block: Any, *, norms: bool) -> None:
-    if not hasattr(block.mlp, "recompute"):
+    if not isinstance(getattr(block.mlp, "recompute", None), bool):
         block.mlp.forward = partial(_checkpointed, block.mlp, block.mlp.forward, nullcontext)
-    for part in block.children():
-        if hasattr(part, "recompute"):
-            part.recompute = True
+    else:
+        block.mlp.recompute = True
     if norms:
+        for part in block.children():
+            if isinstance(getattr(part, "recompute", None), bool):
+                part.recompute = True
         block.forward = Recomputing(block, block.forward)

@@ -1,4 +1,4 @@
-"""Which library computes a run's fp32 products on a CPU: torch, or kernels that a plugin brings."""
+"""What computes a run in fp32 on a CPU: torch, or kernels that a plugin brings."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def choose_kernels(name: str, catalog: Catalog, device: torch.device) -> list[str]:
-    """Has products computed by the kernels of that name from here on; returns lines for the log.
+    """Has the kernels of that name used from here on; returns lines for the log.
 
     Args:
         name: `training.kernels`; `auto` takes the first by name that can be used on this machine,

@@ -177,9 +177,10 @@ class TrainingOptions:
         max_steps: Stop after so many optimizer steps; 0 means no limit.
         max_grad_norm: Clip the gradients' global 2-norm to this; 0 means never.
         activation_checkpointing: Keep less for the backward pass, and compute it again there.
-            `selective` computes all but the attention and last projections again; `block` (or
-            true) keeps only each block's input, the least; `none` (or false) keeps all; `auto`
-            takes the first of `none`, `selective` and `block` that fits by the memory estimate.
+            `selective` computes again what leads to attention and what is inside of feed-forward
+            layers, as far as that is the same each time; `block` (or true) keeps only each
+            block's input, the least; `none` (or false) keeps all; `auto` takes the first of
+            `none`, `selective` and `block` that fits by the memory estimate.
         activation_offloading: Move the blocks' inputs to host memory until the backward pass
             needs them.  On CUDA; elsewhere they are there already.
         compile: Run each block through torch.compile.

@@ -205,7 +205,7 @@ class Precision(Protocol):
 
 
 class Kernels(Protocol):
-    """fp32 products on a CPU, to fp32's accuracy.
+    """What takes most of a step in fp32 on a CPU, to fp32's accuracy.
 
     Tensors are fp32 and on the CPU, each row's numbers next to each other in memory; weights may
     be bf16 too.  Results do not depend on the number of threads, `torch.get_num_threads()` of them.

@@ -6,7 +6,8 @@ Builds the recipe's run as `lorakit train` does, with its process settings, and 
 same batches.  Timed are, at the shapes, layer by layer and with the weights of the step:
 
     linear layers   x W^T; backward dy W, where the input needs a gradient
-    low-rank        x A^T and (x A^T) B^T; backward dy B, (x A^T)^T dy, (dy B)^T x and (dy B) A
+    low-rank        x A^T and (x A^T) B^T; backward dy B, (x A^T)^T dy, (dy B)^T x and (dy B) A;
+                    those with x and A once for all layers that share x
     attention       q k^T and p v for each document, as whole squares; backward the four of
                     their gradients (two of them by MKL: oneDNN has no faster way)
     head            h W^T for the trained tokens, in the chunks of the loss; backward dz W
@@ -22,7 +23,8 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -50,6 +52,8 @@ from lorakit.recipes import resolve_recipe
 
 READS_INPUT = ("q_proj", "k_proj", "v_proj", "qkv_proj")
 """Layers that read what their block reads."""
+INNER = ("gate_proj", "up_proj")
+"""Layers that share the input of the feed-forward layer."""
 
 
 class Scratch:
@@ -89,31 +93,45 @@ def project_back(dy: Tensor, weight: Tensor, dx: Tensor, scratch: Scratch) -> Te
     return dx
 
 
-def linear_forward(part: LowRank, tokens: int, scratch: Scratch) -> None:
-    """y = x W^T + (x A^T) B^T."""
-    base = part.base
-    x, y = scratch("x", tokens, base.in_features), scratch("y", tokens, base.out_features)
-    weight = factor_of(base, x)
-    y = project(x, weight, y, scratch)
-    if part.down is not None and part.up is not None:
-        low = project(x, part.down, scratch("low", tokens, len(part.down)), scratch)
-        add_times(y, low, part.up.t())
+def linear_forward(parts: Sequence[LowRank], tokens: int, scratch: Scratch) -> None:
+    """y = x W^T + (x A^T) B^T, of layers that share x."""
+    base = parts[0].base
+    x = scratch("x", tokens, base.in_features)
+    adapted = [part for part in parts if part.down is not None and part.up is not None]
+    lows = {}
+    if adapted:
+        ranks = [len(cast(Tensor, part.down)) for part in adapted]
+        downs = scratch("downs", sum(ranks), base.in_features)
+        low = project(x, downs, scratch("low", tokens, sum(ranks)), scratch)
+        lows = dict(zip(map(id, adapted), low.split(ranks, dim=1), strict=True))
+    for part in parts:
+        y = scratch("y", tokens, part.base.out_features)
+        y = project(x, factor_of(part.base, x), y, scratch)
+        if id(part) in lows:
+            add_times(y, lows[id(part)], cast(Tensor, part.up).t())
 
 
-def linear_backward(part: LowRank, tokens: int, scratch: Scratch, needs_dx: bool) -> None:
-    """dx = dy W + (dy B) A, and the gradients of A and B."""
-    wide, out = part.base.in_features, part.base.out_features
-    x, dy, dx = scratch("x", tokens, wide), scratch("y", tokens, out), scratch("dx", tokens, wide)
-    if needs_dx:
-        dx = project_back(dy, factor_of(part.base, dy), dx, scratch)
-    if part.down is not None and part.up is not None:
-        rank = len(part.down)
-        low = scratch("low", tokens, rank)
-        d_low = project_back(dy, part.up, scratch("d_low", tokens, rank), scratch)
-        transposed_times(low, dy)
+def linear_backward(
+    parts: Sequence[LowRank], tokens: int, scratch: Scratch, needs_dx: bool
+) -> None:
+    """dx = dy W + (dy B) A, and the gradients of A and B, of layers that share x."""
+    wide = parts[0].base.in_features
+    x, dx = scratch("x", tokens, wide), scratch("dx", tokens, wide)
+    ranks = 0
+    for part in parts:
+        dy = scratch("y", tokens, part.base.out_features)
+        if needs_dx:
+            dx = project_back(dy, factor_of(part.base, dy), dx, scratch)
+        if part.down is not None and part.up is not None:
+            rank = len(part.down)
+            project_back(dy, part.up, scratch("d_low", tokens, rank), scratch)
+            transposed_times(scratch("low", tokens, rank), dy)
+            ranks += rank
+    if ranks:
+        d_low, downs = scratch("d_low", tokens, ranks), scratch("downs", ranks, wide)
         transposed_times(d_low, x)
         if needs_dx:
-            add_times(dx, d_low, part.down)
+            add_times(dx, d_low, downs)
 
 
 def attention_products(
@@ -154,18 +172,30 @@ def step_products(run: Run, batch: Batch, scratch: Scratch) -> None:
     tokens = len(batch.tokens)
     blocks = list(run.base.causal_lm.blocks)
     for block in blocks:
-        for _, part in linear_layers(block):
-            linear_forward(part, tokens, scratch)
+        for _, parts in layers_by_input(block):
+            linear_forward(parts, tokens, scratch)
         _attend(block, batch, scratch, backward=False)
     weight = run.base.causal_lm.lm_head.weight
     assert isinstance(weight, Tensor)
     head_products(weight, batch.trained, scratch)
     for index, block in reversed(list(enumerate(blocks))):
         _attend(block, batch, scratch, backward=True)
-        for name, part in reversed(list(linear_layers(block))):
+        for name, parts in reversed(layers_by_input(block)):
             # Embeddings are frozen: what reads them needs no gradient of its input.
-            reads_embeddings = index == 0 and name.rsplit(".", 1)[-1] in READS_INPUT
-            linear_backward(part, tokens, scratch, not reads_embeddings)
+            reads_embeddings = index == 0 and name in READS_INPUT
+            linear_backward(parts, tokens, scratch, not reads_embeddings)
+
+
+def layers_by_input(block: nn.Module) -> list[tuple[str, list[LowRank]]]:
+    """Layers in order, those that share an input together, by the last one's own name."""
+    found: list[tuple[str, list[LowRank]]] = []
+    for path, part in linear_layers(block):
+        name = path.rsplit(".", 1)[-1]
+        if found and any({name, found[-1][0]} <= set(shared) for shared in (READS_INPUT, INNER)):
+            found[-1] = name, [*found[-1][1], part]
+        else:
+            found.append((name, [part]))
+    return found
 
 
 def linear_layers(block: nn.Module) -> Iterator[tuple[str, LowRank]]:

@@ -11,8 +11,9 @@ from attrs import evolve
 
 from lorakit import scratch
 from lorakit.assemble import Run, assemble
+from lorakit.builtin import precisions
 from lorakit.data.batches import Batch
-from lorakit.estimate import rehearsal
+from lorakit.estimate import peak, rehearsal
 from lorakit.estimate.rehearsal import (
     DEQUANTIZED,
     GRADIENTS,
@@ -24,7 +25,9 @@ from lorakit.estimate.remembered import RememberedResults
 from lorakit.estimate.storages import StorageWatch
 from lorakit.loop import trainable_parameters
 from lorakit.loss import batch_loss
+from lorakit.modules import matmul
 from lorakit.modules.low_rank import fused_now
+from lorakit.modules.narrow import NarrowLinear
 from lorakit.progress import SilentProgress
 from lorakit.recipes import Recipe, resolve_recipe
 
@@ -256,3 +259,43 @@ def test_nothing_is_left_behind_in_the_process(rehearse: Callable[..., Rehearsal
         set_fused(before)
     assert isinstance(torch.empty(1), torch.Tensor)
     assert type(torch.empty(1)) is torch.Tensor
+
+
+class TakesBF16:
+    """Kernels that multiply with bf16 weights as they are, and do nothing else."""
+
+    def multiplies(self, rows: int, weight: torch.Tensor) -> bool:
+        return weight.dtype == torch.bfloat16
+
+    def attends(self, q: torch.Tensor, k: torch.Tensor) -> bool:
+        return False
+
+
+def test_weights_that_kernels_take_as_they_are_stored_are_not_widened(
+    rehearse: Callable[..., Rehearsal], monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(precisions, "cpu_has_bf16", lambda: False)
+    widened = rehearse(precision={"name": "bf16"}).step(BATCH)
+    monkeypatch.setattr(matmul, "_kernels", [TakesBF16()])
+    taken = rehearse(precision={"name": "bf16"}).step(BATCH)
+    rehearsed = rehearse(precision={"name": "bf16"})
+    widest = max(m.weight.numel() for m in rehearsed.model.modules() if is_narrow(m))
+    assert widened.buffers - taken.buffers >= 4 * widest
+    # All else is as it was.
+    assert most_in_use(taken.events) == pytest.approx(most_in_use(widened.events), abs=64)
+
+
+def is_narrow(module: torch.nn.Module) -> bool:
+    return isinstance(module, NarrowLinear)
+
+
+@pytest.mark.parametrize("name", ["fp32", "bf16"])
+def test_products_that_kernels_leave_to_torch_take_its_memory(
+    name: str, rehearse: Callable[..., Rehearsal], monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(precisions, "cpu_has_bf16", lambda: False)
+    monkeypatch.setattr(peak, "WIDE", 8)
+    model = rehearse(precision={"name": name}).model
+    assert peak._has_wide_products_by_torch(model)
+    monkeypatch.setattr(matmul, "_kernels", [TakesBF16()])
+    assert peak._has_wide_products_by_torch(model) is (name == "fp32")

@@ -60,6 +60,7 @@ def losses(run: Path) -> list[float]:
 CHANGES = {
     "fp32": {},
     "stored in bf16": {"precision.storage": "checkpoint"},
+    "selective": {"training.activation_checkpointing": "selective"},
     "nf4": {"quantization.name": "nf4"},
 }
 

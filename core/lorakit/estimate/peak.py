@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
+from typing import cast
 
 import torch
 from attrs import frozen
+from torch import Tensor, nn
 
 from lorakit.estimate.rehearsal import MicroBatch, Rehearsal, Step
+from lorakit.modules.frozen import StoredLinear
 from lorakit.modules.matmul import kernels_in_use, onednn_is_on
+from lorakit.modules.narrow import NarrowLinear
 from lorakit.runtime import own_pages_from
 
 PARTS = (
@@ -33,6 +37,9 @@ that one leaves does not take the next of its size (malloc/malloc.c, `_int_memal
 HOLES_OF_PARTS = 0.3
 """The same where parts of a micro-batch are computed at the same time, whose tensors are smaller:
 0.2 to 0.44 with 1,024 and 2,048 tokens in two parts."""
+WIDE = 64
+"""Width of a weight from which on a product is not a thin one."""
+MANY_ROWS = 1024
 COMPILED_BYTES = 64 * 2**20
 """What oneDNN keeps of the products it has compiled (see `lorakit.modules.matmul`)."""
 PACKED_BYTES = 48 * 2**20
@@ -89,7 +96,7 @@ def estimate_peak(
     in_use, in_heap = _in_use_at_peak(step, own_pages)
     found.update(in_use)
     if own_pages:
-        kept = _kept_by_products(save_memory=gives_back)
+        kept = _kept_by_products(rehearsal.model, save_memory=gives_back)
         holes = HOLES_OF_PARTS if step.parts > 1 else HOLES
         found["allocator"] = int(holes * in_heap) + kept
     found["loading"] = max(0, rehearsal.loading - process.by_steps - found.total())
@@ -97,14 +104,30 @@ def estimate_peak(
     return Estimate({part: found[part] for part in PARTS})
 
 
-def _kept_by_products(*, save_memory: bool) -> int:
+def _kept_by_products(model: nn.Module, *, save_memory: bool) -> int:
     """Bytes that the library of matrix products takes for itself."""
     if onednn_is_on():
         return COMPILED_BYTES
-    if not torch.backends.mkl.is_available() or kernels_in_use() is not None:
-        # Beside kernels, MKL is left the thin products, which take little.
+    if not torch.backends.mkl.is_available() or not _has_wide_products_by_torch(model):
         return 0
     return PACKED_BYTES if save_memory else 2 * PACKED_BYTES
+
+
+def _has_wide_products_by_torch(model: nn.Module) -> bool:
+    """Whether kernels leave torch more than the adapter's thin products, which take little."""
+    kernels = kernels_in_use()
+    if kernels is None:
+        return True
+    for module in model.modules():
+        if type(module) is nn.Linear or isinstance(module, NarrowLinear):
+            weight = cast(Tensor, module.weight)
+        elif isinstance(module, StoredLinear):
+            weight = torch.empty(module.out_features, module.in_features, device="meta")
+        else:
+            continue
+        if min(weight.shape) >= WIDE and not kernels.multiplies(MANY_ROWS, weight):
+            return True
+    return False
 
 
 def _in_use_at_peak(step: Step, own_pages: int) -> tuple[dict[str, int], int]:

@@ -141,7 +141,8 @@ class Rehearsal:
             adapter = recipe.adapter
             apply_adapter(model, adapter.record, adapter.options, precision.adapter)
         model.train()
-        checkpoint_blocks(cast(CausalLM, model), str(recipe.training.activation_checkpointing))
+        mode = str(recipe.training.activation_checkpointing)
+        checkpoint_blocks(cast(CausalLM, model), mode, compiled=recipe.training.compile)
         self.model = model
         self.weights = _weight_bytes(model)
         self.optimizer = sum(self._state_bytes(p) for p in trainable_parameters(model))

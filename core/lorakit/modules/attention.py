@@ -13,7 +13,7 @@ from lorakit.modules.cache import KeyValueCache
 from lorakit.modules.flash import flash_documents, has_flash
 from lorakit.modules.layout import Layout
 from lorakit.modules.low_rank import are_repeatable, fused_now, projections
-from lorakit.modules.recompute import can_be_made_again
+from lorakit.modules.recompute import can_be_made_again, is_recomputing
 from lorakit.modules.rope import Rotary
 from lorakit.modules.uncompiled import uncompiled
 from lorakit.modules.varlen import has_varlen, varlen_documents
@@ -43,7 +43,9 @@ class Attention(nn.Module):
         k_norm: Likewise to each key head.
 
     Attributes:
-        recompute: Make q, k and v again in the backward pass, unless making them drops inputs.
+        recompute: Make q, k and v again in the backward pass, unless the layers that give them drop
+            inputs or keep them anyway (DoRA).
+        inner: The layers that give q, k and v; a subclass with others says so.
     """
 
     def __init__(
@@ -84,7 +86,6 @@ class Attention(nn.Module):
 
     @property
     def inner(self) -> tuple[nn.Module, ...]:
-        """The layers that give q, k and v."""
         return self.q_proj, self.k_proj, self.v_proj
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -105,7 +106,7 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, layout: Layout, cache: KeyValueCache | None = None) -> Tensor:
         """x `[T, D]` -> `[T, D]`."""
         q, k, v = self.heads(x, layout)
-        if self.recompute and are_repeatable(self.inner):
+        if self.recompute and is_recomputing() and are_repeatable(self.inner):
             can_be_made_again((q, k, v), partial(self.heads, layout=layout), x)
         if cache is not None:
             k, v = cache.extend(self.layer, k, v)

@@ -97,9 +97,10 @@ def low_ranks_of(linears: Sequence[nn.Module]) -> list[LowRank] | None:
 
 
 def are_repeatable(linears: Sequence[nn.Module]) -> bool:
-    """Whether all are of this kind and drop no inputs now: they give the same each time."""
+    """Whether all are of this kind, drop no inputs now, and keep nothing of what they give: it is
+    then the same each time, and need not be kept by others."""
     found = [low_rank_of(linear) for linear in linears]
-    return all(low is not None and not low.dropout for low in found)
+    return all(low and not low.dropout and low.magnitude is None for low in found)
 
 
 def projections(x: Tensor, *linears: nn.Module) -> tuple[Tensor, ...]:

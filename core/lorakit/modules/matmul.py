@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 if TYPE_CHECKING:
     from lorakit.protocols import Kernels
@@ -48,12 +49,14 @@ def kernels_for(x: Tensor) -> Kernels | None:
 
 
 def multiplies_as_stored(x: Tensor, weight: Tensor) -> bool:
-    """Whether products of x with a weight of another dtype are computed from it as it is."""
+    """Whether products of x with a weight of another dtype are computed from it as it is; of fake
+    tensors, whether they would be."""
     return _multiplying(x, weight) is not None
 
 
 def _multiplying(x: Tensor, weight: Tensor) -> Kernels | None:
-    kernels = kernels_for(x)
+    pretended = isinstance(x, FakeTensor) and x.dtype == torch.float32 and x.device.type == "cpu"
+    kernels = kernels_in_use() if pretended else kernels_for(x)
     if kernels is None or weight.device.type != "cpu" or weight.stride(-1) != 1:
         return None
     return kernels if kernels.multiplies(len(x), weight) else None
@@ -117,7 +120,7 @@ def times(dy: Tensor, weight: Tensor, plus: Tensor | None = None) -> Tensor:
 def times_transposed_into(out: Tensor, x: Tensor, weight: Tensor) -> None:
     """out = x W^T."""
     if kernels := _multiplying(x, weight):
-        kernels.multiply(out, in_rows(x), weight, transposed=True, add=False)
+        _multiply(kernels, out, x, weight, transposed=True, add=False)
     elif by_onednn(x, weight):
         # oneDNN's product cannot be written into a given tensor, and copying it costs little.  In
         # parts: whole logits, large and soon freed, would leave holes in the heap.
@@ -132,11 +135,19 @@ def times_transposed_into(out: Tensor, x: Tensor, weight: Tensor) -> None:
 def times_into(out: Tensor, dy: Tensor, weight: Tensor, *, add: bool) -> None:
     """out = dy W, or out += dy W."""
     if kernels := _multiplying(dy, weight):
-        kernels.multiply(out, in_rows(dy), weight, transposed=False, add=add)
+        _multiply(kernels, out, dy, weight, transposed=False, add=add)
     elif by_onednn(dy, weight):
         out.copy_(times(dy, weight, plus=out if add else None))
     else:
         out.addmm_(dy, weight, beta=1 if add else 0)
+
+
+def _multiply(
+    kernels: Kernels, out: Tensor, x: Tensor, weight: Tensor, *, transposed: bool, add: bool
+) -> None:
+    # Of fake tensors only the results count, which are there.
+    if not isinstance(x, FakeTensor):
+        kernels.multiply(out, in_rows(x), weight, transposed=transposed, add=add)
 
 
 def in_rows(x: Tensor) -> Tensor:

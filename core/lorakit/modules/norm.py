@@ -53,14 +53,15 @@ class _Normalized(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        rows = x.flatten(0, -2)
-        kernels = kernels_for(x)
-        ctx.kernels = kernels if kernels is not None and kernels.normalizes(rows) else None
+        ctx.kernels = kernels_for(x) if x.dim() > 1 else None
         if ctx.kernels is not None:
-            y = torch.empty_like(x, memory_format=torch.contiguous_format)
-            kept = ctx.kernels.normalize(in_rows(rows), weight, eps, y.flatten(0, -2))
-            ctx.save_for_backward(x, kept, weight)
-            return y
+            rows = in_rows(x.flatten(0, -2))
+            if ctx.kernels.normalizes(rows):
+                y = torch.empty_like(x, memory_format=torch.contiguous_format)
+                kept = ctx.kernels.normalize(rows, weight, eps, y.flatten(0, -2))
+                ctx.save_for_backward(x, kept, weight)
+                return y
+            ctx.kernels = None
         dim = x.shape[-1]
         norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
         root = norm.square_().div_(dim).add_(eps).rsqrt_()

@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from attrs import frozen
 from torch import Tensor, nn
 
 from lorakit.modules.norm import RMSNorm
@@ -22,10 +23,15 @@ class _Under(threading.local):
     Holding the results keeps their memory from being another tensor's meanwhile."""
 
     def __init__(self) -> None:
-        self.made: dict[int, tuple[Tensor, _Again, int]] | None = None
+        self.made: dict[int, _Made] | None = None
 
 
 _under = _Under()
+
+
+def is_recomputing() -> bool:
+    """Whether this thread is in a `Recomputing` block's forward pass."""
+    return _under.made is not None
 
 
 class Recomputing:
@@ -68,7 +74,7 @@ def can_be_made_again(
         return
     again = _Again(make, _pack(x))
     for index, result in enumerate(results):
-        _under.made[_memory(result)] = (result.detach(), again, index)
+        _under.made[_memory(result)] = _Made(result.detach(), result._version, (again, index))
 
 
 class _Again:
@@ -89,18 +95,36 @@ class _Again:
         return self.left.pop(index)
 
 
+@frozen(eq=False)
+class _Made:
+    """A result, which version of it, and how to make that again."""
+
+    result: Tensor
+    version: int
+    how: tuple[_Again, int]
+
+    def is_all_of(self, tensor: Tensor) -> bool:
+        """Whether the tensor is the result, and has not been changed since."""
+        return (
+            tensor.shape == self.result.shape
+            and tensor.stride() == self.result.stride()
+            and tensor.storage_offset() == self.result.storage_offset()
+            and tensor._version == self.version
+        )
+
+
 def _note_norm(norm: nn.Module, args: tuple[Tensor, ...], result: Tensor) -> None:
-    if torch.is_grad_enabled() and result is not args[0]:
+    if args and torch.is_grad_enabled() and result is not args[0]:
         can_be_made_again([result], lambda x: [norm(x)], args[0])
 
 
 def _pack(tensor: Tensor) -> Any:
     found = None if _under.made is None else _under.made.get(_memory(tensor))
-    if found is None or found[0].shape != tensor.shape or found[0].stride() != tensor.stride():
+    if found is None or not found.is_all_of(tensor):
         # Not the tensor itself: what a node gives would then keep that node, and all before it,
         # for good where no backward pass follows.
         return tensor.detach()
-    return found[1:]
+    return found.how
 
 
 def _unpack(kept: Any) -> Tensor:

@@ -20,6 +20,8 @@ SIZES = (64, 70, 257)
 LENGTHS = (1, 33, 130)
 HEADS = ((4, 2), (3, 3), (4, 1))
 HEAD_DIM = 64
+OTHER_DOCUMENTS = ((400, 2, 1, 32), (290, 3, 1, 96), (70, 2, 2, 256))
+"""Tokens, query heads, key heads and their width."""
 SLACK = 3.0
 """Errors in the 2-norm are at most so many times those of torch's own fp32."""
 
@@ -48,9 +50,10 @@ def check_kernels(record: KernelLibrary) -> None:
     if kernels.normalizes(g):
         _check_norm(kernels, g, dout)
     _check_rotation(kernels)
-    for length, (heads, kv_heads) in product(LENGTHS, HEADS):
-        q = torch.randn(length, heads, HEAD_DIM)
-        k, v = torch.randn(2, length, kv_heads, HEAD_DIM)
+    usual = ((length, *heads, HEAD_DIM) for length, heads in product(LENGTHS, HEADS))
+    for length, heads, kv_heads, head_dim in (*usual, *OTHER_DOCUMENTS):
+        q = torch.randn(length, heads, head_dim)
+        k, v = torch.randn(2, length, kv_heads, head_dim)
         if kernels.attends(q, k):
             _check_attention(kernels, q, k, v)
 

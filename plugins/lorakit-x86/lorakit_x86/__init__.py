@@ -56,7 +56,7 @@ def lorakit_kernels() -> list[KernelLibrary]:
         ),
         KernelLibrary(
             name="avx512",
-            summary="attention, gates and products of stored weights by AVX-512",
+            summary="attention, norms, gates and products of bf16 weights by AVX-512",
             unusable=partial(unusable, AVX512),
             load=partial(load, AVX512),
         ),

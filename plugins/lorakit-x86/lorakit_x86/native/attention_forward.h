@@ -220,8 +220,8 @@ UNITS static void attend_group(struct task *task, struct forward *memory, long h
   memset(memory->out, 0, WIDTH * columns * AREA * sizeof(float));
   for (long i = 0; i < count; i++)
     pack_queries(task, memory, head, first + i, i);
-  /* Three chunks at a time: while the tile unit multiplies for the first and the third, the vector
-   * units compute the exponentials of the second. */
+  /* Three chunks at a time: while tile units, if there are such, multiply for the first and the
+   * third, the vector units compute the exponentials of the second. */
   struct chunk *next = memory->chunks, *current = next + 1, *last = next + 2;
   for (int i = 0; i < 3; i++) {
     memory->chunks[i].count = 0;
