@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
-from typing import cast
 
 import torch
 from attrs import frozen
-from torch import Tensor, nn
+from torch import nn
 
 from lorakit.estimate.rehearsal import MicroBatch, Rehearsal, Step
 from lorakit.modules.frozen import StoredLinear
@@ -120,7 +119,7 @@ def _has_wide_products_by_torch(model: nn.Module) -> bool:
         return True
     for module in model.modules():
         if type(module) is nn.Linear or isinstance(module, NarrowLinear):
-            weight = cast(Tensor, module.weight)
+            weight = module.weight
         elif isinstance(module, StoredLinear):
             weight = torch.empty(module.out_features, module.in_features, device="meta")
         else:
