@@ -216,7 +216,14 @@ class Kernels(Protocol):
         ...
 
     def multiply(
-        self, out: Tensor, x: Tensor, weight: Tensor, *, transposed: bool, add: bool
+        self,
+        out: Tensor,
+        x: Tensor,
+        weight: Tensor,
+        *,
+        transposed: bool,
+        add: bool,
+        scale: Tensor | None = None,
     ) -> None:
         """out = x W, or x W^T where `transposed`; out += that where `add`.
 
@@ -224,6 +231,7 @@ class Kernels(Protocol):
             out: `[T, N]`.
             x: `[T, K]`.
             weight: `[K, N]`, or transposed `[N, K]`.
+            scale: `[K]`, contiguous, what x's columns are multiplied by first; None for nothing.
         """
         ...
 

@@ -289,14 +289,17 @@ def _backward_product(
         # y = m z, so sum(dy z) = sum(dy y) / m; a row of length 0 gives 0 and not 0/0.
         summed = (dy * inner).sum(dim=0, dtype=magnitude.dtype)
         d_magnitude = torch.where(magnitude == 0, 0, summed / magnitude)
-        dy = dy * ratio
     if wanted:
-        dx = times(dy, factor_of(part.base, dy), plus=dx)
+        dx = times(dy, factor_of(part.base, dy), plus=dx, scale=ratio)
     if low is None or part.up is None:
         return dx, _Gradients(magnitude=d_magnitude)
-    d_low = times(dy, part.up.to(dy.dtype)).mul_(part.scale)
-    d_up = transposed_times(low, dy).t().to(part.up.dtype)
-    return dx, _Gradients(d_low, d_up, d_magnitude)
+    up = part.up.to(dy.dtype)
+    d_up = transposed_times(low, dy).t()
+    if ratio is not None:
+        # What is thin is scaled, in the place of dy.
+        up, d_up = up * ratio.unsqueeze(1), d_up * ratio.unsqueeze(1)
+    d_low = times(dy, up).mul_(part.scale)
+    return dx, _Gradients(d_low, d_up.to(part.up.dtype), d_magnitude)
 
 
 def _through_first_factor(

@@ -99,12 +99,18 @@ def times_transposed(x: Tensor, weight: Tensor) -> Tensor:
     return x @ weight.t()
 
 
-def times(dy: Tensor, weight: Tensor, plus: Tensor | None = None) -> Tensor:
-    """dy W, plus a `[T, in]` that may be written over: of dy `[T, out]` and W `[out, in]`."""
-    if _multiplying(dy, weight):
+def times(
+    dy: Tensor, weight: Tensor, plus: Tensor | None = None, scale: Tensor | None = None
+) -> Tensor:
+    """dy W, plus a `[T, in]` that may be written over: of dy `[T, out]`, its columns times a scale
+    `[out]` first if there is one, and W `[out, in]`."""
+    if kernels := _multiplying(dy, weight):
+        add = plus is not None
         into = dy.new_empty(len(dy), weight.shape[1]) if plus is None else plus
-        times_into(into, dy, weight, add=plus is not None)
+        _multiply(kernels, into, dy, weight, transposed=False, add=add, scale=scale)
         return into
+    if scale is not None:
+        dy = dy * scale
     if by_onednn(dy, weight):
         # Of a strided view, oneDNN takes a hundred times as long.
         dy = dy.contiguous()
@@ -143,11 +149,18 @@ def times_into(out: Tensor, dy: Tensor, weight: Tensor, *, add: bool) -> None:
 
 
 def _multiply(
-    kernels: Kernels, out: Tensor, x: Tensor, weight: Tensor, *, transposed: bool, add: bool
+    kernels: Kernels,
+    out: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    *,
+    transposed: bool,
+    add: bool,
+    scale: Tensor | None = None,
 ) -> None:
     # Of fake tensors only the results count, which are there.
     if not isinstance(x, FakeTensor):
-        kernels.multiply(out, in_rows(x), weight, transposed=transposed, add=add)
+        kernels.multiply(out, in_rows(x), weight, transposed=transposed, add=add, scale=scale)
 
 
 def in_rows(x: Tensor) -> Tensor:

@@ -66,17 +66,19 @@ def _check_product(kernels: Kernels, x: Tensor, weight: Tensor) -> None:
     for transposed in (True, False):
         stored = weight if transposed else weight.t().contiguous()
         start = torch.randn(len(x), len(weight))
-        for add in (False, True):
+        for add, scale in product((False, True), (None, torch.rand(x.shape[1]) + 0.5)):
             plus = start.double() if add else 0
-            exact = x.double() @ weight.double().t() + plus
-            theirs = x @ weight.float().t() + (start if add else 0)
+            scaled = x if scale is None else x * scale
+            wide = x.double() if scale is None else x.double() * scale
+            exact = wide @ weight.double().t() + plus
+            theirs = scaled @ weight.float().t() + (start if add else 0)
             results = []
             for threads in (1, 2):
                 out = start.clone()
                 with _torch_threads(threads):
-                    kernels.multiply(out, x, stored, transposed=transposed, add=add)
+                    kernels.multiply(out, x, stored, transposed=transposed, add=add, scale=scale)
                 results.append(out)
-            how = f"multiply: transposed={transposed}, add={add}"
+            how = f"multiply: transposed={transposed}, add={add}, scaled={scale is not None}"
             _ensure_close(results[0], theirs, exact, how)
             ensure(torch.equal(*results), f"{how}: depends on the number of threads")
 

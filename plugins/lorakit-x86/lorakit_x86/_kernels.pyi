@@ -10,6 +10,7 @@ def multiply(
     out_stride: int,
     x: int,
     x_stride: int,
+    scale: int,
     weight: int,
     weight_stride: int,
     bf16: bool,

@@ -39,7 +39,14 @@ class AVX512Kernels:
         return weight.dtype == torch.bfloat16
 
     def multiply(
-        self, out: Tensor, x: Tensor, weight: Tensor, *, transposed: bool, add: bool
+        self,
+        out: Tensor,
+        x: Tensor,
+        weight: Tensor,
+        *,
+        transposed: bool,
+        add: bool,
+        scale: Tensor | None = None,
     ) -> None:
         rows, inner = x.shape
         self.native.multiply(
@@ -48,6 +55,7 @@ class AVX512Kernels:
             out.stride(0),
             x.data_ptr(),
             x.stride(0),
+            0 if scale is None else scale.data_ptr(),
             weight.data_ptr(),
             weight.stride(0),
             weight.dtype == torch.bfloat16,

@@ -16,9 +16,10 @@ def load():
         def multiplies(self, rows, weight):
             return rows > 1
 
-        def multiply(self, out, x, weight, *, transposed, add):
+        def multiply(self, out, x, weight, *, transposed, add, scale=None):
             self.asked.write("multiply\n")
             wide = weight.double()
+            x = x if scale is None else x.double() * scale
             y = x.double() @ (wide.t() if transposed else wide)
             out.copy_(out.double() + y if add else y)
 

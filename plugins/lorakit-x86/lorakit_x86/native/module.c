@@ -67,17 +67,17 @@ static float *numbers_at(address of) { return (float *)(uintptr_t)of; }
 
 static PyObject *py_multiply(PyObject *self, PyObject *args) {
   (void)self;
-  address out, x, weight, parallel;
+  address out, x, scale, weight, parallel;
   long out_stride, x_stride, weight_stride, rows, columns, inner;
   int units, bf16, transposed, add, failed;
   unsigned threads;
-  if (!PyArg_ParseTuple(args, "iKlKlKlpplllpIK", &units, &out, &out_stride, &x, &x_stride, &weight,
-                        &weight_stride, &bf16, &transposed, &rows, &columns, &inner, &add, &threads,
+  if (!PyArg_ParseTuple(args, "iKlKlKKlpplllpIK", &units, &out, &out_stride, &x, &x_stride, &scale,
+                        &weight, &weight_stride, &bf16, &transposed, &rows, &columns, &inner, &add, &threads,
                         &parallel))
     return NULL;
   const product p = {
       .out = numbers_at(out), .out_stride = out_stride, .x = numbers_at(x), .x_stride = x_stride,
-      .weight = {numbers_at(weight), weight_stride, bf16}, .transposed = transposed, .rows = rows,
+      .scale = numbers_at(scale), .weight = {numbers_at(weight), weight_stride, bf16}, .transposed = transposed, .rows = rows,
       .columns = columns, .inner = inner, .add = add,
   };
   Py_BEGIN_ALLOW_THREADS;

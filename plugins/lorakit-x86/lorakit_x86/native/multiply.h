@@ -11,7 +11,8 @@ typedef struct {
   int bf16;
 } matrix;
 
-/* out = x W, or x W^T if `transposed`, added to what out holds if `add`.
+/* out = x W, or x W^T if `transposed`, added to what out holds if `add`; x's columns times `scale`
+   [inner] first, if that is not NULL.
 
    x [rows, inner], W [inner, columns] or transposed [columns, inner], out [rows, columns] fp32. */
 typedef struct {
@@ -19,6 +20,7 @@ typedef struct {
   long out_stride;
   const float *x;
   long x_stride;
+  const float *scale;
   matrix weight;
   int transposed;
   long rows, columns, inner;

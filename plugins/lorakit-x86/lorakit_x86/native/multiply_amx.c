@@ -37,7 +37,13 @@ AMX static void copy_rows(const product *p, long row0, long rows, long at0, long
     uint16_t *to = tiles + row / TILE_ROWS * steps * PARTS * TILE_NUMBERS + row % TILE_ROWS * DEPTH;
     for (long step = 0; step < steps; step++) {
       const long at = step * DEPTH;
-      numbers x = load(from, at, row < rows ? inner - at : 0);
+      const long there = row < rows ? inner - at : 0;
+      numbers x = load(from, at, there);
+      if (p->scale) {
+        const numbers factor = load(p->scale + at0, at, there);
+        x.low = _mm512_mul_ps(x.low, factor.low);
+        x.high = _mm512_mul_ps(x.high, factor.high);
+      }
       for (int part = 0; part < PARTS; part++, to += TILE_NUMBERS) {
         _mm512_store_si512(to, as_bf16(take_part(&x, part == PARTS - 1)));
       }

@@ -42,15 +42,19 @@ AVX512 static void copy_transposed(matrix w, long row, long rows, long at, long 
 }
 
 /* Rows of x, 12 at a time, the 12 next to each other for each column; rows there are not, are zeros. */
-AVX512 static void copy_rows(const float *x, long stride, long rows, long inner, float *to) {
+AVX512 static void copy_rows(const float *x, long stride, const float *scale, long rows, long inner,
+                             float *to) {
   for (long row = 0; row < rows; row += TILE, to += TILE * inner)
     for (long k = 0; k < inner; k += 16) {
+      const __m512 factor = scale ? load_numbers(scale + k, inner - k) : _mm512_set1_ps(1);
       __m512i part[16];
 #pragma GCC unroll 16
-      for (long i = 0; i < 16; i++)
-        part[i] = i < smaller(rows - row, TILE)
-                      ? _mm512_castps_si512(load_numbers(x + (row + i) * stride + k, inner - k))
-                      : _mm512_setzero_si512();
+      for (long i = 0; i < 16; i++) {
+        part[i] = _mm512_setzero_si512();
+        if (i >= smaller(rows - row, TILE)) continue;
+        const __m512 numbers = load_numbers(x + (row + i) * stride + k, inner - k);
+        part[i] = _mm512_castps_si512(_mm512_mul_ps(numbers, factor));
+      }
       transpose(part);
       for (long i = 0; i < smaller(inner - k, 16); i++)
         _mm512_mask_storeu_epi32(to + (k + i) * TILE, first_of_16(TILE), part[i]);
@@ -113,7 +117,8 @@ int multiply_on_avx512(const product *p) {
     for (long at = 0; at < p->inner; at += INNER) {
       const long rows = smaller(p->rows - row, ROWS), inner = smaller(p->inner - at, INNER);
       const long width = WEIGHT_BYTES / 4 / inner / PANEL * PANEL;
-      copy_rows(p->x + row * p->x_stride + at, p->x_stride, rows, inner, x);
+      copy_rows(p->x + row * p->x_stride + at, p->x_stride, p->scale ? p->scale + at : NULL, rows,
+                inner, x);
       for (long column = 0; column < p->columns; column += width) {
         const long columns = smaller(p->columns - column, width);
         float *out = p->out + row * p->out_stride + column;
