@@ -22,11 +22,11 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
+    from lorakit.kernel_protocol import Kernels
     from lorakit.protocols import (
         BaseCheckpoint,
         CausalLM,
         Example,
-        Kernels,
         Logger,
         Precision,
         Progress,

@@ -31,6 +31,7 @@ from torch import Tensor, nn
 
 from lorakit.assemble import Run, assemble
 from lorakit.data.batches import Batch
+from lorakit.kernel_protocol import Kernels
 from lorakit.loss import chunk_tokens
 from lorakit.modules.attention import Attention
 from lorakit.modules.low_rank import LowRank, low_rank_of
@@ -47,7 +48,6 @@ from lorakit.modules.matmul import (
 )
 from lorakit.modules.narrow import factor_of, row_blocks
 from lorakit.progress import TerminalProgress
-from lorakit.protocols import Kernels
 from lorakit.recipes import resolve_recipe
 
 READS_INPUT = ("q_proj", "k_proj", "v_proj", "qkv_proj")

@@ -18,7 +18,7 @@ from types import ModuleType
 import pytest
 import torch
 
-from lorakit.protocols import Kernels
+from lorakit.kernel_protocol import Kernels
 from lorakit.records import KernelLibrary
 
 PLUGIN = Path(__file__).parents[2] / "plugins" / "lorakit-x86"

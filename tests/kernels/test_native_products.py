@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 
-from lorakit.protocols import Kernels
+from lorakit.kernel_protocol import Kernels
 
 SIZES = st.one_of(
     st.sampled_from([1, 15, 16, 17, 31, 32, 33, 63, 64, 65, 257]), st.integers(1, 700)

@@ -18,10 +18,10 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd.function import once_differentiable
 
+from lorakit.kernel_protocol import Kernels
 from lorakit.modules.blockwise import attend, attend_backward, beats_kernel
 from lorakit.modules.layout import Segments
 from lorakit.modules.matmul import kernels_for, kernels_in_use
-from lorakit.protocols import Kernels
 from lorakit.scratch import scratch
 
 _forward: Any = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", None)

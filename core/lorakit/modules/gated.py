@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
+from lorakit.kernel_protocol import Kernels
 from lorakit.modules.low_rank import (
     KEPT,
     LowRank,
@@ -26,7 +27,6 @@ from lorakit.modules.low_rank import (
     trained,
 )
 from lorakit.modules.matmul import kernels_for
-from lorakit.protocols import Kernels
 
 Activation = Callable[[Tensor], Tensor]
 

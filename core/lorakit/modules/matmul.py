@@ -16,7 +16,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 if TYPE_CHECKING:
-    from lorakit.protocols import Kernels
+    from lorakit.kernel_protocol import Kernels
 
 _linear: Any = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
 _convolution: Any = getattr(torch.ops.mkldnn, "_convolution_pointwise_", None)

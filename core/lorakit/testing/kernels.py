@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lorakit.protocols import Kernels
+from lorakit.kernel_protocol import Kernels
 from lorakit.records import KernelLibrary
 from lorakit.testing.failure import ensure
 from lorakit.testing.offers import check_offer

@@ -9,7 +9,7 @@ from lorakit import hookimpl
 from lorakit.records import KernelLibrary
 
 if TYPE_CHECKING:
-    from lorakit.protocols import Kernels
+    from lorakit.kernel_protocol import Kernels
 
 
 AVX512, AMX = 0, 1

@@ -23,7 +23,7 @@ HEAD_DIMS = range(32, 257, 32)
 
 
 class AVX512Kernels:
-    """See `lorakit.protocols.Kernels`.
+    """See `lorakit.kernel_protocol.Kernels`.
 
     Args:
         native: What is compiled.
