@@ -23,12 +23,12 @@ from lorakit.kernels import choose_kernels
 from lorakit.loop import trainable_parameters
 from lorakit.modules.low_rank import set_fused
 from lorakit.offloading import offload_to_host
-from lorakit.options import AUTO
+from lorakit.options import AUTO, TrainingOptions, faster_mode
 from lorakit.protocols import Precision, Progress
 from lorakit.recipes import Recipe
 from lorakit.results import check_room_for_merged
 from lorakit.run_directory import ADAPTER
-from lorakit.runtime import is_large, tune_process
+from lorakit.runtime import tune_process
 from lorakit.serving import serving_advice
 from lorakit.trained import load_start
 from lorakit.weights.base import base_name
@@ -120,12 +120,11 @@ def assemble(
     plan = batch_plan(recipe, dataset, base.model)
     # Before anything is estimated: they need memory.
     kernels = choose_kernels(recipe.training.kernels, recipe.catalog, device)
+    tuned = tune_process(device)
     largest = _largest_micro_batch(plan, recipe)
     # No more memory than training takes, for lack of a backward pass.
     evaluation = EvaluationSet.packed(evaluated, largest.tokens) if evaluated else None
     training = _with_mode(recipe, base, largest, device, precision).training
-    gives_back = training.saves_memory and is_large(base.checkpoint.config, largest.tokens)
-    tuned = tune_process(device, save_memory=gives_back)
     if check_memory:
         from lorakit.estimate.check import check_that_it_fits
 
@@ -151,7 +150,8 @@ def assemble(
     offload = offload_to_host(device) if training.activation_offloading else None
     if training.compile:
         compile_blocks(base.causal_lm)
-    checkpoint_blocks(base.causal_lm, mode, offload, compiled=training.compile)
+    count = training.checkpointed_blocks
+    checkpoint_blocks(base.causal_lm, mode, offload, count=count, compiled=training.compile)
     set_fused(training.fused)
     total = sum(1 for _ in plan.first_windows(training.epochs, training.max_steps))
     lengths = [*dataset.report.lengths, *(evaluated.report.lengths if evaluated else [])]
@@ -164,7 +164,7 @@ def assemble(
             "where that can be done evenly (LORAKIT_TUNE=0 turns this off)"
         )
     if recipe.training.activation_checkpointing == AUTO:
-        notices.append(f"activation checkpointing: {mode}, the fastest that fits")
+        notices.append(f"activation checkpointing: {_mode_text(training)}, the fastest that fits")
     if training.activation_offloading and offload is None:
         notices.append(
             f"training.activation_offloading: changes nothing, for on {device.type} activations "
@@ -228,6 +228,13 @@ def _with_mode(
     from lorakit.estimate.check import with_checkpointing_chosen
 
     return with_checkpointing_chosen(recipe, base.checkpoint, largest, device, precision)
+
+
+def _mode_text(training: TrainingOptions) -> str:
+    mode, count = str(training.activation_checkpointing), training.checkpointed_blocks
+    if not count:
+        return mode
+    return f"{mode} for {count} block{'s' if count > 1 else ''}, {faster_mode(mode)} for the others"
 
 
 def _largest_micro_batch(plan: BatchPlan, recipe: Recipe) -> MicroBatch:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import nullcontext
 from functools import partial
 from typing import Any
@@ -9,8 +10,10 @@ from typing import Any
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from lorakit.errors import UserError
 from lorakit.modules.recompute import Recomputing
 from lorakit.offloading import ActivationOffload
+from lorakit.options import faster_mode
 from lorakit.protocols import CausalLM
 
 
@@ -19,6 +22,7 @@ def checkpoint_blocks(
     mode: str = "block",
     offload: ActivationOffload | None = None,
     *,
+    count: int = 0,
     compiled: bool = False,
 ) -> None:
     """Activation checkpointing: keeps less for the backward pass, and computes it again there.
@@ -36,19 +40,33 @@ def checkpoint_blocks(
             between.  A block without a part named `mlp` then keeps its input only.
         offload: In block mode, keeps those inputs on the host; but the last block's, which is
             needed at once.
+        count: Of how many blocks, the first ones, the mode is; 0 for all.  Others are in the next
+            faster one.  What the last blocks keep is the first to go.
         compiled: The blocks are; what is kept of their norms is then the compiler's choice, and
             `selective` makes again what the feed-forward layer gives only.
+
+    Raises:
+        UserError: The model has fewer blocks.
     """
-    last = len(model.blocks) - 1
-    for i, block in enumerate(model.blocks):
-        if mode == "none":
+    blocks = model.blocks
+    if count > len(blocks):
+        problem = f"training.checkpointed_blocks: {count}, where the model has {len(blocks)}"
+        raise UserError(problem, "leave it out for all.")
+    modes = [mode] * (count or len(blocks))
+    modes += [faster_mode(mode)] * (len(blocks) - len(modes))
+    for block, own, is_last in zip(blocks, modes, _only_last(blocks), strict=True):
+        if own == "none":
             if not compiled:
                 block.forward = Recomputing(block, block.forward)
-        elif mode == "selective" and isinstance(getattr(block, "mlp", None), nn.Module):
+        elif own == "selective" and isinstance(getattr(block, "mlp", None), nn.Module):
             _recompute_selectively(block, norms=not compiled)
         else:
-            hooks = offload.hooks if offload and i < last else nullcontext
+            hooks = nullcontext if is_last or offload is None else offload.hooks
             block.forward = partial(_checkpointed, block, block.forward, hooks)
+
+
+def _only_last(blocks: Sequence[nn.Module]) -> list[bool]:
+    return [block is blocks[-1] for block in blocks]
 
 
 def _checkpointed(module: nn.Module, forward: Any, hooks: Any, *args: Any) -> Any:

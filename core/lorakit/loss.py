@@ -18,6 +18,7 @@ from attrs import frozen
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from lorakit.arena import empty_like
 from lorakit.data.batches import IGNORED, Batch
 from lorakit.document_threads import loss_in_threads
 from lorakit.modules.matmul import row_multiple
@@ -57,7 +58,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         in tokens -> scalar, fp32 at least."""
         wide = torch.promote_types(hidden.dtype, torch.float32)
         losses = torch.empty(len(labels), dtype=wide, device=hidden.device)
-        gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else hidden.new_empty(0)
+        gradient = empty_like(hidden) if ctx.needs_input_grad[0] else hidden.new_empty(0)
         ctx.scale = FP16_GRADIENT_SCALE if hidden.dtype == torch.float16 else 1.0
         for start in range(0, len(labels), chunk):
             part = slice(start, start + chunk)

@@ -162,6 +162,12 @@ AUTO = "auto"
 TORCH = "torch"
 
 
+def faster_mode(mode: str) -> str:
+    """The mode of activation checkpointing that keeps more than this one, but the least of those;
+    of the fastest, itself."""
+    return CHECKPOINTING_MODES[max(0, CHECKPOINTING_MODES.index(mode) - 1)]
+
+
 def _checkpointing_mode(value: bool | str) -> str:
     return value if isinstance(value, str) else ("block" if value else "none")
 
@@ -180,7 +186,12 @@ class TrainingOptions:
             `selective` computes again what leads to attention and what is inside of feed-forward
             layers, as far as that is the same each time; `block` (or true) keeps only each
             block's input, the least; `none` (or false) keeps all; `auto` takes the first of
-            `none`, `selective` and `block` that fits by the memory estimate.
+            `none`, `selective` and `block` that fits by the memory estimate, for as few blocks as
+            do.
+        checkpointed_blocks: Of how many blocks, the first ones, that holds; 0 for all.  The others
+            are in the next faster mode: `none` beside `selective`, `selective` beside `block`.
+        memory_limit: GiB that the run is to do with, for `auto` and for the check before it starts;
+            0 for all that is there.
         activation_offloading: Move the blocks' inputs to host memory until the backward pass
             needs them.  On CUDA; elsewhere they are there already.
         compile: Run each block through torch.compile.
@@ -198,17 +209,14 @@ class TrainingOptions:
     max_steps: int = field(default=0, validator=ge(0))
     max_grad_norm: float = field(default=1.0, validator=ge(0.0))
     activation_checkpointing: bool | str = field(default="none", converter=_checkpointing_mode)
+    checkpointed_blocks: int = field(default=0, validator=ge(0))
+    memory_limit: float = field(default=0.0, validator=ge(0.0))
     activation_offloading: bool = field(default=False)
     compile: bool = False
     share_prefixes: bool = True
     kernels: str = AUTO
     fused: bool = True
     profile: bool = False
-
-    @property
-    def saves_memory(self) -> bool:
-        """Whether the recipe trades time for memory."""
-        return self.activation_checkpointing != "none"
 
     @activation_checkpointing.validator
     def _is_a_mode(self, _: attrs.Attribute[bool | str], value: bool | str) -> None:
@@ -217,6 +225,13 @@ class TrainingOptions:
             hint = did_you_mean(value, names)
             known = listing(("true", "false", *names))
             raise ValueError(f'"{value}" is none of {known}{hint}')
+
+    @checkpointed_blocks.validator
+    def _has_a_mode(self, _: attrs.Attribute[int], value: int) -> None:
+        if value and self.activation_checkpointing in ("none", AUTO):
+            raise ValueError(
+                'checkpointed_blocks needs activation_checkpointing = "selective" or "block"'
+            )
 
     @activation_offloading.validator
     def _offloads_what_checkpointing_keeps(self, _: attrs.Attribute[bool], value: bool) -> None:

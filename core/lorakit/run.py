@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from lorakit.arena import give_back_memory
 from lorakit.assemble import Run, assemble, describe
 from lorakit.compilation import compilation_told
 from lorakit.errors import Interrupted
@@ -117,6 +118,7 @@ def _run(
         saved = _fit(run, optimizer, state, evaluated, store, log, progress)
         # Its state is saved; merging needs the room.
         del optimizer
+        give_back_memory()
         log.finish()
         write_results(run, progress)
         samples.after(log)

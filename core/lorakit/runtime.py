@@ -1,16 +1,10 @@
 """The process settings a run is fastest with, made in one place before the first tensor.
 
 On Linux with glibc, every large tensor is by default given back to the kernel when it is freed
-and faulted in again when the next one is made: 15 to 26% of a CPU run's time.  Raising the two
-thresholds of malloc keeps that memory in the process.  On AMD processors with AVX-512, oneDNN
-computes the products that MKL is slow at: see `lorakit.modules.matmul`.
-
-What is kept is cut up, though: 40% more than is in use, 0.9 GB in a 7B model's run, and half of
-what a document of 4,096 tokens takes at D = 576.  A run that saves memory at the cost of time, by
-activation checkpointing, therefore gives tensors pages of their own, unless the model is narrow and
-its micro-batches are short: the time that takes is as the bytes of the activations, and the
-products' is as the bytes times the width.  At D = 576 it was a quarter to half of the run's for 512
-tokens, to save a tenth of its memory, and for 2,048 tokens a sixth, to save a third.
+and faulted in again when the next one is made: 15 to 26% of a CPU run's time.  The large ones that
+lorakit makes itself, nearly all that a step makes, come from an arena (`lorakit.arena`); for the
+others, raising two thresholds of malloc keeps their memory in the process.  On AMD processors with
+AVX-512, oneDNN computes the products that MKL is slow at: see `lorakit.modules.matmul`.
 
 LORAKIT_TUNE=0 leaves the process as it is; of what an earlier run in it has set, products go back
 to the library that torch takes, malloc and denormals stay as set.
@@ -21,23 +15,19 @@ from __future__ import annotations
 import ctypes
 import os
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import torch
+
+from lorakit.arena import use_arena
 
 M_TRIM_THRESHOLD = -1
 M_MMAP_THRESHOLD = -3
 M_ARENA_MAX = -8
 KEEP_BYTES = 2**30
 OWN_PAGES_BYTES = 2**20
-GIVE_BACK_BYTES = 2**17
-WIDE = 2048
-"""Hidden width from which on giving memory back costs little time."""
-LONG = 2048
-"""Tokens of a micro-batch from which on it saves much memory."""
 KEPT_PRODUCTS = 256
 """Products that oneDNN keeps compiled, 0.4 MB each; a step has some 40, and a new one takes half a
 millisecond.  Its own limit is 1024."""
@@ -46,23 +36,24 @@ LARGEST_DYNAMIC_BYTES = 2**25
 more from anybody (HEAP_MAX_SIZE / 2, `do_set_mmap_threshold` in glibc's malloc.c)."""
 
 
-def tune_process(device: torch.device, *, save_memory: bool = False) -> str | None:
+def tune_process(device: torch.device) -> str | None:
     """Applies the settings; returns one line for the log, or None where none was made.
 
     Args:
         device: Settings are for the CPU only.
-        save_memory: Give the memory of large tensors back as soon as they are freed.
     """
     # Here, since modules take their buffers by this module's settings.
     from lorakit.modules.matmul import use_onednn
 
     if not is_tuned(device):
         use_onednn(False)
+        use_arena(False)
         return None
     done = []
-    if _set_malloc_thresholds(save_memory=save_memory):
-        word = "given back at once" if save_memory else "kept for reuse"
-        done.append(f"large tensors' memory is {word}")
+    if use_arena(True):
+        done.append("large tensors share an arena")
+    if _set_malloc_thresholds():
+        done.append("malloc keeps the memory of others")
     if set_flush_denormal():
         done.append("denormals count as zero")
     if use_onednn(prefers_onednn()):
@@ -77,12 +68,6 @@ def tune_process(device: torch.device, *, save_memory: bool = False) -> str | No
 def set_flush_denormal() -> bool:
     """Has denormals count as zero in the calling thread, if the process is tuned; whether so."""
     return is_tuned(torch.device("cpu")) and bool(torch.set_flush_denormal(True))
-
-
-def is_large(config: Mapping[str, Any], tokens: int) -> bool:
-    """Whether a run that saves memory gives it back: the model of this config.json is wide, or its
-    largest micro-batch of so many tokens long."""
-    return int(config.get("hidden_size") or 0) >= WIDE or tokens >= LONG
 
 
 @contextmanager
@@ -110,14 +95,14 @@ def is_tuned(device: torch.device) -> bool:
     return os.environ.get("LORAKIT_TUNE") != "0" and device.type == "cpu"
 
 
-def own_pages_from(device: torch.device, *, save_memory: bool) -> int:
+def own_pages_from(device: torch.device) -> int:
     """From how many bytes on a tensor has pages of its own in such a process; smaller ones share
     a heap.  0 where there is no such heap."""
     if device.type != "cpu" or _glibc_mallopt() is None:
         return 0
     if not is_tuned(device):
         return LARGEST_DYNAMIC_BYTES
-    return GIVE_BACK_BYTES if save_memory else _tuned["keep"]
+    return _tuned["keep"]
 
 
 _tuned = {"threshold": 0, "keep": KEEP_BYTES}
@@ -137,13 +122,13 @@ def prefers_onednn(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
     return bool(vendors) and "GenuineIntel" not in vendors
 
 
-def _set_malloc_thresholds(*, save_memory: bool) -> bool:
-    threshold = GIVE_BACK_BYTES if save_memory else _tuned["keep"]
+def _set_malloc_thresholds() -> bool:
+    threshold = _tuned["keep"]
     done = _mallopt(M_MMAP_THRESHOLD, threshold)
     if not done and threshold > LARGEST_DYNAMIC_BYTES:
         _tuned["keep"] = threshold = LARGEST_DYNAMIC_BYTES
         done = _mallopt(M_MMAP_THRESHOLD, threshold)
-    done = done and _mallopt(M_TRIM_THRESHOLD, GIVE_BACK_BYTES if save_memory else KEEP_BYTES)
+    done = done and _mallopt(M_TRIM_THRESHOLD, KEEP_BYTES)
     # One heap for all threads: what one frees, another can have.
     _mallopt(M_ARENA_MAX, 1)
     _tuned["threshold"] = threshold if done else 0

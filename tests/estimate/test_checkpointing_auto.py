@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from attrs import evolve
 
 import lorakit
 from lorakit.cli import main
+from lorakit.errors import RecipeError, UserError
 from lorakit.estimate import check
 from lorakit.estimate.rehearsal import MicroBatch, with_checkpointing
 from lorakit.estimate.report import report_on
@@ -51,6 +53,62 @@ def test_each_room_gets_the_fastest_that_fits(given, monkeypatch):
         chosen = check.with_checkpointing_chosen(recipe, base, BATCH, CPU, precision)
         found.append(chosen.training.activation_checkpointing)
     assert found == [*CHECKPOINTING_MODES, "block"]
+
+
+@pytest.mark.parametrize("mode", ["selective", "block"])
+def test_no_more_blocks_than_it_takes(mode, given, monkeypatch):
+    recipe, base, precision = given
+
+    def total(mode, blocks=0):
+        variant = with_checkpointing(recipe, mode, blocks)
+        known = {"device": CPU, "precision": precision, "room": None}
+        return report_on(variant, base, BATCH, **known).estimate.total
+
+    for blocks in (2, 5):
+        available = (total(mode, blocks - 1) + total(mode, blocks)) // 2
+        monkeypatch.setattr(check, "room_on", lambda _, a=available: Room(a, a, "machine"))
+        chosen = check.with_checkpointing_chosen(recipe, base, BATCH, CPU, precision).training
+        assert (chosen.activation_checkpointing, chosen.checkpointed_blocks) == (mode, blocks)
+
+
+def test_a_limit_of_the_recipe_counts_where_it_is_lower(given, make_recipe, monkeypatch):
+    for limit, available, room in ((1.5, 2**40, 1.5), (1.5, 2**30, 1.0), (0.0, 2**30, 1.0)):
+        monkeypatch.setattr(check, "room_on", lambda _, a=available: Room(a, 2**41, "machine"))
+        training = evolve(given[0].training, memory_limit=limit)
+        found = check.room_for(evolve(given[0], training=training), CPU)
+        assert found.available == room * 2**30
+    with pytest.raises(UserError, match="this run cannot fit") as told:
+        lorakit.train(make_recipe(training={"max_steps": 1, "memory_limit": 0.01}))
+    assert "0.01 GiB" in str(told.value) or "10.24 MiB" in str(told.value)
+    assert "training.memory_limit" in str(told.value)
+
+
+def test_a_run_says_for_how_many_blocks(make_recipe, make_checkpoint, monkeypatch, capsys):
+    monkeypatch.setattr(
+        check,
+        "with_checkpointing_chosen",
+        lambda recipe, *_: with_checkpointing(recipe, "selective", 1),
+    )
+    model = make_checkpoint(num_hidden_layers=3)
+    lorakit.train(make_recipe(model=model, training=AUTO, loggers=[{"name": "terminal"}]))
+    said = capsys.readouterr().out
+    assert "activation checkpointing: selective for 1 block, none for the others" in said
+
+
+def test_a_number_of_blocks_is_one_of_a_mode(make_recipe):
+    for mode in ("auto", "none", False):
+        training = {"activation_checkpointing": mode, "checkpointed_blocks": 2}
+        with pytest.raises(RecipeError, match="checkpointed_blocks needs activation_checkpointing"):
+            resolve_recipe(make_recipe(training=training))
+
+
+def test_the_comparison_has_a_row_for_a_number_of_blocks(make_recipe, make_checkpoint, capsys):
+    training = {"activation_checkpointing": "selective", "checkpointed_blocks": 1}
+    recipe = make_recipe(model=make_checkpoint(num_hidden_layers=3), training=training)
+    with pytest.raises(SystemExit, match="0"):
+        main(["estimate", recipe, "--compare"])
+    own = [line for line in capsys.readouterr().out.splitlines() if "this recipe" in line]
+    assert [line.split()[:3] for line in own] == [["none", "selective", "1"]]
 
 
 def test_where_there_is_room_or_none_is_known_nothing_is_computed_twice(given, monkeypatch):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+from itertools import pairwise
 
 import pytest
 import torch
@@ -12,11 +13,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from lorakit.blocks import checkpoint_blocks
-from lorakit.errors import RecipeError
+from lorakit.errors import RecipeError, UserError
 from lorakit.modules import RMSNorm
 from lorakit.modules.flash import has_flash
 from lorakit.modules.low_rank import plain_path
-from lorakit.options import CHECKPOINTING_MODES
+from lorakit.options import CHECKPOINTING_MODES, faster_mode
 from lorakit.recipes import resolve_recipe
 
 MODES = [mode for mode in CHECKPOINTING_MODES if mode != "none"]
@@ -101,6 +102,28 @@ def test_each_mode_keeps_less_than_the_one_before(model_type, make_model, make_b
     assert kept["selective"] < kept["none"] < kept["no mode"]
     assert kept["selective"] < 0.75 * kept["no mode"]
     assert kept["block"] < 0.5 * kept["selective"]
+
+
+@pytest.mark.parametrize("mode", ["selective", "block"])
+def test_blocks_that_are_left_out_keep_more(mode, make_model, make_batch, loss_and_gradients):
+    """The first `count` are in the mode, the others in the next faster one."""
+    kept = []
+    for count in (1, 2, 3, 0):
+        model = make_model("llama", num_hidden_layers=4)
+        expected = loss_and_gradients(model)
+        checkpoint_blocks(model, mode, count=count)
+        assert_same(loss_and_gradients(model), expected)
+        kept.append(kept_bytes(model, make_batch())[0])
+    saved = [before - after for before, after in pairwise(kept)]
+    assert min(saved) > 0
+    faster = make_model("llama", num_hidden_layers=4)
+    checkpoint_blocks(faster, faster_mode(mode))
+    assert kept_bytes(faster, make_batch())[0] - kept[0] == pytest.approx(saved[0], rel=0.05)
+
+
+def test_a_model_of_fewer_blocks_is_told(make_model):
+    with pytest.raises(UserError, match=r"training\.checkpointed_blocks: 9, where the model has"):
+        checkpoint_blocks(make_model("llama"), "selective", count=9)
 
 
 @attention_keeps_what_it_is_given

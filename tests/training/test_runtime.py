@@ -9,9 +9,8 @@ import pytest
 import torch
 
 from lorakit import runtime
+from lorakit.arena import use_arena
 from lorakit.modules import matmul
-from lorakit.recipes import resolve_recipe
-from lorakit.run import dry_run
 from lorakit.runtime import own_pages_from, tensors_in_own_pages, tune_process
 
 CPU = torch.device("cpu")
@@ -45,6 +44,7 @@ def malloc_that_takes(monkeypatch: pytest.MonkeyPatch) -> Malloc:
 def as_before() -> Iterator[None]:
     """Puts back what other tests of this process would see."""
     yield
+    use_arena(False)
     matmul.use_onednn(False)
     torch.set_flush_denormal(False)
 
@@ -55,29 +55,27 @@ def test_memory_is_kept_as_far_as_the_c_library_lets_it(
 ) -> None:
     taken = malloc_that_takes(most)
     for _ in range(2):
-        assert "kept for reuse" in str(tune_process(CPU))
+        assert "malloc keeps" in str(tune_process(CPU))
         assert taken == {
             runtime.M_MMAP_THRESHOLD: kept,
             runtime.M_TRIM_THRESHOLD: 1024 * MIB,
             runtime.M_ARENA_MAX: 1,
         }
-        assert own_pages_from(CPU, save_memory=False) == kept
+        assert own_pages_from(CPU) == kept
     with tensors_in_own_pages():
         # Merging does, around loading, which does.
         with tensors_in_own_pages():
             assert taken[runtime.M_MMAP_THRESHOLD] == MIB
         assert taken[runtime.M_MMAP_THRESHOLD] == MIB
     assert taken[runtime.M_MMAP_THRESHOLD] == kept
-    tune_process(CPU, save_memory=True)
-    assert taken[runtime.M_MMAP_THRESHOLD] == own_pages_from(CPU, save_memory=True) == MIB // 8
 
 
 def test_another_c_library_has_no_such_heap(
     malloc_that_takes: Malloc, monkeypatch: pytest.MonkeyPatch, as_before: None
 ) -> None:
     monkeypatch.setattr(runtime, "_glibc_mallopt", lambda: None)
-    assert "memory" not in str(tune_process(CPU))
-    assert own_pages_from(CPU, save_memory=False) == own_pages_from(CPU, save_memory=True) == 0
+    assert "malloc" not in str(tune_process(CPU))
+    assert own_pages_from(CPU) == 0
 
 
 @pytest.mark.parametrize("why", ["LORAKIT_TUNE=0", "another device", "another processor"])
@@ -96,30 +94,3 @@ def test_an_earlier_run_in_the_process_does_not_choose_the_library_for_the_next(
         monkeypatch.setattr(runtime, "prefers_onednn", lambda: False)
     tune_process(torch.device("cuda") if why == "another device" else CPU)
     assert not matmul.by_onednn(x, x)
-
-
-@pytest.mark.parametrize(
-    ("tokens", "mode", "said"),
-    [
-        (runtime.LONG, "block", "given back at once"),
-        (runtime.LONG, "selective", "given back at once"),
-        (runtime.LONG, "none", "kept for reuse"),
-        (runtime.LONG - 1, "block", "kept for reuse"),
-    ],
-)
-def test_a_long_micro_batch_gives_memory_back_where_the_run_saves_it(
-    tokens: int,
-    mode: str,
-    said: str,
-    make_recipe: Callable[..., str],
-    malloc_that_takes: Malloc,
-    as_before: None,
-) -> None:
-    malloc_that_takes(2**31)
-    reference = make_recipe(
-        [{"text": "abcdefgh" * 1000}] * 2,
-        data={"name": "text", "max_seq_len": tokens},
-        training={"max_steps": 1, "activation_checkpointing": mode},
-    )
-    (line,) = (line for line in dry_run(resolve_recipe(reference)) if line.startswith("process:"))
-    assert said in line

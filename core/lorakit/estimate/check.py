@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from bisect import bisect_left
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -11,18 +12,18 @@ from lorakit.base_model import build_on_meta, resolve_device
 from lorakit.errors import UserError
 from lorakit.estimate.rehearsal import MicroBatch, with_checkpointing
 from lorakit.estimate.report import Report, Variant, compare, report_on, table
-from lorakit.estimate.room import room_on
+from lorakit.estimate.room import Room, room_on
 from lorakit.estimate.subject import (
     measured_micro_batch,
     open_shapes,
     worst_micro_batch,
 )
 from lorakit.kernels import choose_kernels
-from lorakit.options import AUTO, CHECKPOINTING_MODES
+from lorakit.options import AUTO, CHECKPOINTING_MODES, faster_mode
 from lorakit.progress import TerminalProgress
-from lorakit.protocols import BaseCheckpoint, Precision
+from lorakit.protocols import BaseCheckpoint, CausalLM, Precision
 from lorakit.recipes import Recipe
-from lorakit.runtime import is_large, tune_process
+from lorakit.runtime import tune_process
 
 GENEROUS = 8
 """Times what a linear layer reads and writes: more than any training keeps of it."""
@@ -42,7 +43,7 @@ def check_that_it_fits(
     Raises:
         UserError: With the estimate's table.
     """
-    room = room_on(device)
+    room = room_for(recipe, device)
     if room is None or _surely_fits(recipe, base, batch.tokens, room.available):
         return
     report = report_on(
@@ -69,23 +70,43 @@ def with_checkpointing_chosen(
     precision: Precision,
 ) -> Recipe:
     """The recipe with `training.activation_checkpointing = "auto"` replaced by the fastest mode
-    that fits; by the one that takes the least memory, where none fits."""
+    that fits, for as few blocks as do; by the one that takes the least memory, where none fits."""
     if recipe.training.activation_checkpointing != AUTO:
         return recipe
-    room = room_on(device)
+    room = room_for(recipe, device)
     fastest = with_checkpointing(recipe, CHECKPOINTING_MODES[0])
     if room is None or _surely_fits(recipe, base, batch.tokens, room.available):
         return fastest
     known: dict[str, Any] = {"device": device, "precision": precision, "room": room}
+
+    def total(mode: str, blocks: int = 0) -> int:
+        variant = with_checkpointing(recipe, mode, blocks)
+        report = report_on(variant, base, batch, limits=False, **known)
+        # It grows by what estimating itself leaves behind.
+        known["process"] = report.process
+        return report.estimate.total
+
     totals = {}
     for mode in CHECKPOINTING_MODES:
-        report = report_on(with_checkpointing(recipe, mode), base, batch, limits=False, **known)
-        totals[mode] = report.estimate.total
-        if report.fits:
+        totals[mode] = total(mode)
+        if totals[mode] <= room.available:
             break
     else:
-        mode = min(totals, key=lambda mode: totals[mode])
-    return with_checkpointing(recipe, mode)
+        return with_checkpointing(recipe, min(totals, key=lambda mode: totals[mode]))
+    if mode == faster_mode(mode):
+        return fastest
+    model = build_on_meta(recipe.model.record, base.config, recipe.model.options)
+    counts = range(1, len(cast(CausalLM, model).blocks))
+    index = bisect_left(counts, True, key=lambda count: total(mode, count) <= room.available)
+    return with_checkpointing(recipe, mode, counts[index] if index < len(counts) else 0)
+
+
+def room_for(recipe: Recipe, device: torch.device) -> Room | None:
+    """The device's memory, or what the recipe's limit leaves of it."""
+    room, limit = room_on(device), int(recipe.training.memory_limit * 2**30)
+    if not limit or (room is not None and room.available <= limit):
+        return room
+    return Room(limit, limit if room is None else room.total, "training.memory_limit")
 
 
 def estimate_recipe(
@@ -106,13 +127,16 @@ def estimate_recipe(
     device = resolve_device(recipe.run.device)
     precision = recipe.precision.record.resolve(device, recipe.precision.options)
     choose_kernels(recipe.training.kernels, recipe.catalog, device)
+    tune_process(device)
     base = open_shapes(recipe, progress)
     batch = measured_micro_batch(recipe, base, progress) if use_data else None
     batch = batch or worst_micro_batch(recipe)
     recipe = with_checkpointing_chosen(recipe, base, batch, device, precision)
-    gives_back = recipe.training.saves_memory and is_large(base.config, batch.tokens)
-    tune_process(device, save_memory=gives_back)
-    known: dict[str, Any] = {"device": device, "precision": precision, "room": room_on(device)}
+    known: dict[str, Any] = {
+        "device": device,
+        "precision": precision,
+        "room": room_for(recipe, device),
+    }
     report = report_on(recipe, base, batch, **known)
     rows = compare(recipe, base, batch, report, limits=False, **known) if comparison else []
     return report, rows

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lorakit.adapters import apply_adapter
+from lorakit.arena import arena_is_on
 from lorakit.base_model import BaseModel, build_on_meta, load_weights
 from lorakit.blocks import checkpoint_blocks
 from lorakit.data.batches import Batch
@@ -33,7 +34,6 @@ from lorakit.modules.low_rank import set_fused
 from lorakit.progress import SilentProgress
 from lorakit.protocols import BaseCheckpoint, CausalLM, Precision, TensorSpec
 from lorakit.recipes import Recipe
-from lorakit.runtime import is_large
 from lorakit.scratch import fakes_kept
 from lorakit.weights.dtypes import torch_dtype
 
@@ -119,7 +119,6 @@ class Rehearsal:
         self, recipe: Recipe, checkpoint: BaseCheckpoint, device: torch.device, precision: Precision
     ) -> None:
         self._recipe, self._device, self._precision = recipe, device, precision
-        self._config = checkpoint.config
         # Some families keep small tensors with values, such as rotary frequencies.
         self._mode = FakeTensorMode(allow_non_fake_inputs=True)
         self._left: _Left | None = None
@@ -141,16 +140,19 @@ class Rehearsal:
             adapter = recipe.adapter
             apply_adapter(model, adapter.record, adapter.options, precision.adapter)
         model.train()
-        mode = str(recipe.training.activation_checkpointing)
-        checkpoint_blocks(cast(CausalLM, model), mode, compiled=recipe.training.compile)
+        training = recipe.training
+        mode, count = str(training.activation_checkpointing), training.checkpointed_blocks
+        checkpoint_blocks(cast(CausalLM, model), mode, count=count, compiled=training.compile)
         self.model = model
         self.weights = _weight_bytes(model)
         self.optimizer = sum(self._state_bytes(p) for p in trainable_parameters(model))
 
-    def gives_back(self, batch: MicroBatch) -> bool:
-        """Whether the process gives memory back, see `lorakit.runtime`."""
-        saves = self._recipe.training.saves_memory
-        return saves and is_large(self._config, batch.tokens)
+    @property
+    def uses_arena(self) -> bool:
+        """Whether large tensors share an arena, see `lorakit.arena`: not those that plain autograd
+        or a compiler makes."""
+        training = self._recipe.training
+        return arena_is_on() and training.fused and not training.compile
 
     def step(self, batch: MicroBatch) -> Step:
         """One optimizer step of micro-batches of this size."""
@@ -331,8 +333,13 @@ def most_in_use(events: Sequence[Event]) -> int:
     return most
 
 
-def with_checkpointing(recipe: Recipe, mode: str) -> Recipe:
-    """The recipe with another `training.activation_checkpointing`."""
-    # Only the blocks' inputs can be offloaded.
-    training = evolve(recipe.training, activation_checkpointing=mode, activation_offloading=False)
+def with_checkpointing(recipe: Recipe, mode: str, blocks: int = 0) -> Recipe:
+    """The recipe with another `training.activation_checkpointing`, of so many blocks; 0 for all."""
+    training = evolve(
+        recipe.training,
+        activation_checkpointing=mode,
+        checkpointed_blocks=blocks,
+        # Only the blocks' inputs can be offloaded.
+        activation_offloading=False,
+    )
     return evolve(recipe, training=training)

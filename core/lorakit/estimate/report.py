@@ -61,7 +61,7 @@ class Variant:
 
     Attributes:
         quantization: Its name, or `none`.
-        mode: Of activation checkpointing.
+        mode: Of activation checkpointing, and of how many blocks, if not of all.
         report: What it takes.
         own: Whether it is the recipe as it is.
     """
@@ -144,14 +144,20 @@ def compare(
     for section in [None, *sections]:
         # Measured once for each: it grows by what estimating itself leaves behind.
         process = own.process if section == chosen else None
+        name = section.name if section else "none"
         for mode in CHECKPOINTING_MODES:
             is_own = section == chosen and mode == recipe.training.activation_checkpointing
-            report = own
-            if not is_own:
+            of_all = not (is_own and recipe.training.checkpointed_blocks)
+            if is_own:
+                text = mode if of_all else f"{mode} {recipe.training.checkpointed_blocks}"
+                rows.append(Variant(name, text, own, own=True))
+            if not is_own or not of_all:
                 variant = evolve(with_checkpointing(recipe, mode), quantization=section)
                 report = report_on(variant, checkpoint, batch, process=process, **known)
-            process = report.process
-            rows.append(Variant(section.name if section else "none", mode, report, is_own))
+                process = report.process
+                rows.append(Variant(name, mode, report, own=False))
+            else:
+                process = own.process
     return rows
 
 

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from lorakit.modules.cache import KeyValueCache
 from lorakit.modules.layout import Layout
+from lorakit.modules.residual import residual
 
 
 class DecoderBlock(nn.Module):
@@ -25,8 +26,8 @@ class DecoderBlock(nn.Module):
 
     def forward(self, x: Tensor, layout: Layout, cache: KeyValueCache | None = None) -> Tensor:
         """x `[T, D]` -> `[T, D]`."""
-        x = x + self.self_attn(self.input_layernorm(x), layout, cache)
-        return x + self.mlp(self.post_attention_layernorm(x))
+        x = residual(x, self.self_attn(self.input_layernorm(x), layout, cache))
+        return residual(x, self.mlp(self.post_attention_layernorm(x)))
 
 
 class SandwichBlock(nn.Module):
@@ -53,8 +54,9 @@ class SandwichBlock(nn.Module):
     def forward(self, x: Tensor, layout: Layout, cache: KeyValueCache | None = None) -> Tensor:
         """x `[T, D]` -> `[T, D]`."""
         attended = self.self_attn(self.input_layernorm(x), layout, cache)
-        x = x + self.post_attention_layernorm(attended)
-        return x + self.post_feedforward_layernorm(self.mlp(self.pre_feedforward_layernorm(x)))
+        x = residual(x, self.post_attention_layernorm(attended))
+        y = self.mlp(self.pre_feedforward_layernorm(x))
+        return residual(x, self.post_feedforward_layernorm(y))
 
 
 class Decoder(nn.Module):

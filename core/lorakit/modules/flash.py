@@ -18,6 +18,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd.function import once_differentiable
 
+from lorakit.arena import empty_like
 from lorakit.kernel_protocol import Kernels
 from lorakit.modules.blockwise import attend, attend_backward, beats_kernel
 from lorakit.modules.layout import Segments
@@ -73,7 +74,7 @@ class _FlashDocuments(torch.autograd.Function):
         documents: Sequence[Segments],
         scale: float | None,
     ) -> Tensor:
-        out = torch.empty_like(q, memory_format=torch.contiguous_format)
+        out = empty_like(q)
         ctx.scale = q.shape[-1] ** -0.5 if scale is None else scale
         ctx.documents = []
         kept = []
@@ -86,9 +87,10 @@ class _FlashDocuments(torch.autograd.Function):
             # Decided once: the backward pass of one way cannot follow another's forward pass.
             way = _way_for(*inputs[:2])
             ctx.documents.append((parts, way))
-            result, normalizer = way.forward(inputs, ctx.scale)
-            kept.append(normalizer)
-            out[own] = result[own.start - own.stop :]
+            result = out[own] if len(parts) == 1 else empty_like(inputs[0])
+            kept.append(way.forward(inputs, ctx.scale, result))
+            if len(parts) > 1:
+                out[own] = result[own.start - own.stop :]
         ctx.save_for_backward(q, k, v, out, *kept)
         return out
 
@@ -96,30 +98,42 @@ class _FlashDocuments(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, out, *kept = ctx.saved_tensors
-        gradients = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v)]
+        gradients = [empty_like(x) for x in (q, k, v)]
         for (parts, way), normalizer in zip(ctx.documents, kept, strict=True):
             inputs = _joined(q, parts), _joined(k, parts), _joined(v, parts)
             upstream = _padded(dout[parts[-1]], inputs[0])
-            found = way.backward(upstream, inputs, _joined(out, parts), normalizer, ctx.scale)
-            _add_to_parts(gradients, found, parts)
+            # Of one part, it comes before those that share it: nothing is there to add to.
+            alone = len(parts) == 1
+            dq, dk, dv = (
+                gradient[parts[0]] if alone else empty_like(x)
+                for gradient, x in zip(gradients, inputs, strict=True)
+            )
+            into = dq, dk, dv
+            outputs = _joined(out, parts), normalizer
+            way.backward(upstream, inputs, outputs, ctx.scale, into)
+            if not alone:
+                _add_to_parts(gradients, into, parts)
         return (*gradients, None, None)
 
 
 Inputs = tuple[Tensor, Tensor, Tensor]
 """q `[T, H, Dh]`, k and v `[T, Hkv, Dh]` of one document."""
+Outputs = tuple[Tensor, Tensor | None]
+"""The result `[T, H, Dh]`, and what else the backward pass needs."""
 
 
 class _Way(Protocol):
     """How a document is attended."""
 
-    def forward(self, inputs: Inputs, scale: float) -> tuple[Tensor, Tensor | None]:
-        """The result `[T, H, Dh]`, and what else the backward pass needs."""
+    def forward(self, inputs: Inputs, scale: float, out: Tensor) -> Tensor | None:
+        """Writes the result to `out` `[T, H, Dh]`, contiguous; what else the backward pass
+        needs."""
         ...
 
     def backward(
-        self, dout: Tensor, inputs: Inputs, out: Tensor, kept: Tensor | None, scale: float
-    ) -> Sequence[Tensor]:
-        """The gradients of the inputs."""
+        self, dout: Tensor, inputs: Inputs, outputs: Outputs, scale: float, into: Inputs
+    ) -> None:
+        """Writes the gradients of the inputs to `into`, contiguous."""
         ...
 
 
@@ -134,53 +148,49 @@ def _way_for(q: Tensor, k: Tensor) -> _Way:
 
 
 class _Flash:
-    def forward(self, inputs: Inputs, scale: float) -> tuple[Tensor, Tensor | None]:
+    def forward(self, inputs: Inputs, scale: float, out: Tensor) -> Tensor | None:
         batch, normalizer = _forward(*map(_as_batch, inputs), 0.0, True, scale=scale)
-        return _as_tokens(batch), normalizer
+        out.copy_(_as_tokens(batch))
+        found: Tensor = normalizer
+        return found
 
     def backward(
-        self, dout: Tensor, inputs: Inputs, out: Tensor, kept: Tensor | None, scale: float
-    ) -> Sequence[Tensor]:
+        self, dout: Tensor, inputs: Inputs, outputs: Outputs, scale: float, into: Inputs
+    ) -> None:
+        out, normalizer = outputs
         batches = map(_as_batch, (dout, *inputs, out))
-        return tuple(map(_as_tokens, _backward(*batches, kept, 0.0, True, scale=scale)))
+        made = _backward(*batches, normalizer, 0.0, True, scale=scale)
+        for gradient, found in zip(into, made, strict=True):
+            gradient.copy_(_as_tokens(found))
 
 
 class _Blockwise:
-    def forward(self, inputs: Inputs, scale: float) -> tuple[Tensor, Tensor | None]:
-        out = torch.empty_like(inputs[0])
+    def forward(self, inputs: Inputs, scale: float, out: Tensor) -> Tensor | None:
         attend(*inputs, scale, out)
-        return out, None
+        return None
 
     def backward(
-        self, dout: Tensor, inputs: Inputs, out: Tensor, kept: Tensor | None, scale: float
-    ) -> Sequence[Tensor]:
-        found = tuple(torch.empty_like(x) for x in inputs)
-        attend_backward(dout, *inputs, scale, found)
-        return found
+        self, dout: Tensor, inputs: Inputs, outputs: Outputs, scale: float, into: Inputs
+    ) -> None:
+        attend_backward(dout, *inputs, scale, into)
 
 
 @frozen
 class _ByKernels:
     kernels: Kernels
 
-    def forward(self, inputs: Inputs, scale: float) -> tuple[Tensor, Tensor | None]:
+    def forward(self, inputs: Inputs, scale: float, out: Tensor) -> Tensor | None:
         q, k, v = (x.contiguous() for x in inputs)
-        out = _contiguous_like(q)
-        return out, self.kernels.attend(q, k, v, scale, out, _workspace(self.kernels, q, k))
+        return self.kernels.attend(q, k, v, scale, out, _workspace(self.kernels, q, k))
 
     def backward(
-        self, dout: Tensor, inputs: Inputs, out: Tensor, kept: Tensor | None, scale: float
-    ) -> Sequence[Tensor]:
-        assert kept is not None
-        dout, out, q, k, v = (x.contiguous() for x in (dout, out, *inputs))
-        into = _contiguous_like(q), _contiguous_like(k), _contiguous_like(v)
+        self, dout: Tensor, inputs: Inputs, outputs: Outputs, scale: float, into: Inputs
+    ) -> None:
+        out, normalizer = outputs
+        assert normalizer is not None
+        dout, q, k, v = (x.contiguous() for x in (dout, *inputs))
         workspace = _workspace(self.kernels, q, k)
-        self.kernels.attend_backward(dout, q, k, v, out, kept, scale, into, workspace)
-        return into
-
-
-def _contiguous_like(x: Tensor) -> Tensor:
-    return torch.empty_like(x, memory_format=torch.contiguous_format)
+        self.kernels.attend_backward(dout, q, k, v, out, normalizer, scale, into, workspace)
 
 
 def _workspace(kernels: Kernels, q: Tensor, k: Tensor) -> Tensor:

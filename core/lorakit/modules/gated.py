@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
+from lorakit.arena import empty, empty_like
 from lorakit.kernel_protocol import Kernels
 from lorakit.modules.low_rank import (
     KEPT,
@@ -110,9 +111,14 @@ class _Gated(torch.autograd.Function):
             kept = [tensor for result in again for tensor in result.kept] + kept
         g, u = halves(made)
         dg, du, of_down = _through_gate(g, u, ctx.activation, down, dy, kept[-KEPT:])
-        dmade = [dg, du] if len(made) == 2 else [torch.cat([dg, du], dim=-1)]
+        dmade = [dg, du] if len(made) == 2 else [_side_by_side(dg, du)]
         dx, gradients = backward_products(inner, x, dmade, kept, wanted=ctx.needs_input_grad[0])
         return dx, None, None, None, *gradients, *of_down
+
+
+def _side_by_side(dg: Tensor, du: Tensor) -> Tensor:
+    rows, width = dg.shape
+    return torch.cat([dg, du], dim=-1, out=empty((rows, 2 * width), dg))
 
 
 def _gating(activation: Activation, g: Tensor) -> Kernels | None:
@@ -125,7 +131,7 @@ def _gate(g: Tensor, u: Tensor, activation: Activation) -> Tensor:
     kernels = _gating(activation, g)
     if kernels is None:
         return activation(g).mul_(u)
-    h = torch.empty_like(g, memory_format=torch.contiguous_format)
+    h = empty_like(g)
     kernels.gate(g, u, h)
     return h
 

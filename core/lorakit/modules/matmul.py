@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
+from lorakit.arena import empty
+
 if TYPE_CHECKING:
     from lorakit.kernel_protocol import Kernels
 
@@ -90,13 +92,13 @@ def row_multiple() -> int:
 def times_transposed(x: Tensor, weight: Tensor) -> Tensor:
     """x W^T `[T, out]`, of x `[T, in]` and W `[out, in]`."""
     if _multiplying(x, weight):
-        y = x.new_empty(len(x), len(weight))
+        y = empty((len(x), len(weight)), x)
         times_transposed_into(y, x, weight)
         return y
     if by_onednn(x, weight):
         made: Tensor = _linear(x.contiguous(), weight, None, "none", [], "")
         return made
-    return x @ weight.t()
+    return torch.mm(x, weight.t(), out=empty((len(x), len(weight)), x))
 
 
 def times(
@@ -106,7 +108,7 @@ def times(
     `[out]` first if there is one, and W `[out, in]`."""
     if kernels := _multiplying(dy, weight):
         add = plus is not None
-        into = dy.new_empty(len(dy), weight.shape[1]) if plus is None else plus
+        into = empty((len(dy), weight.shape[1]), dy) if plus is None else plus
         _multiply(kernels, into, dy, weight, transposed=False, add=add, scale=scale)
         return into
     if scale is not None:
@@ -120,7 +122,9 @@ def times(
         else:
             dx = _linear.binary(dy, plus, weight.t(), None, "add")
         return dx
-    return dy @ weight if plus is None else plus.addmm_(dy, weight)
+    if plus is None:
+        return torch.mm(dy, weight, out=empty((len(dy), weight.shape[1]), dy))
+    return plus.addmm_(dy, weight)
 
 
 def times_transposed_into(out: Tensor, x: Tensor, weight: Tensor) -> None:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from lorakit.arena import empty
 from lorakit.modules.frozen import StoredLinear, materialized
 from lorakit.modules.matmul import multiplies_as_stored, times_into, times_transposed_into
 from lorakit.scratch import scratch
@@ -69,14 +70,14 @@ class _NarrowProduct(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
         ctx.weight = weight
-        y = x.new_empty(*x.shape[:-1], len(weight))
+        y = empty((*x.shape[:-1], len(weight)), x)
         project(x.flatten(0, -2), weight, out=y.view(-1, len(weight)))
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:
-        dx = dy.new_empty(*dy.shape[:-1], ctx.weight.shape[1])
+        dx = empty((*dy.shape[:-1], ctx.weight.shape[1]), dy)
         project_back(dy.flatten(0, -2), ctx.weight, out=dx.view(-1, ctx.weight.shape[1]))
         return dx, None
 

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from lorakit.arena import empty_like
 from lorakit.modules.low_rank import fused_now
 from lorakit.modules.matmul import in_rows, kernels_for
 
@@ -57,7 +58,7 @@ class _Normalized(torch.autograd.Function):
         if ctx.kernels is not None:
             rows = in_rows(x.flatten(0, -2))
             if ctx.kernels.normalizes(rows):
-                y = torch.empty_like(x, memory_format=torch.contiguous_format)
+                y = empty_like(x)
                 kept = ctx.kernels.normalize(rows, weight, eps, y.flatten(0, -2))
                 ctx.save_for_backward(x, kept, weight)
                 return y
@@ -73,7 +74,7 @@ class _Normalized(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None]:
         x, root, weight = ctx.saved_tensors
         if ctx.kernels is not None:
-            dx = torch.empty_like(x, memory_format=torch.contiguous_format)
+            dx = empty_like(x)
             rows = (in_rows(each.flatten(0, -2)) for each in (dy, x))
             ctx.kernels.normalize_backward(*rows, weight, root, dx.flatten(0, -2))
             return dx, None, None

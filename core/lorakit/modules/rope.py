@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from lorakit.arena import empty_like
 from lorakit.modules.layout import Layout
 from lorakit.modules.low_rank import fused_now
 from lorakit.modules.matmul import kernels_for
@@ -93,7 +94,7 @@ def _rotated(x: Tensor, cos: Tensor, sin: Tensor, *, back: bool) -> Tensor:
     width = cos.shape[-1]
     half = width // 2
     cos, sin = cos[..., :half], sin[..., :half]
-    y = torch.empty_like(x, memory_format=torch.contiguous_format)
+    y = empty_like(x)
     kernels = kernels_for(x)
     if kernels is not None and _one_angle_a_token(x, cos, sin) and kernels.rotates(x):
         if x.stride()[1:] != (x.shape[2], 1):
