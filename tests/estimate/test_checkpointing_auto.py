@@ -10,6 +10,7 @@ import lorakit
 from lorakit.cli import main
 from lorakit.errors import RecipeError, UserError
 from lorakit.estimate import check
+from lorakit.estimate.check import GROWTH
 from lorakit.estimate.rehearsal import MicroBatch, with_checkpointing
 from lorakit.estimate.report import report_on
 from lorakit.estimate.room import Room
@@ -48,7 +49,7 @@ def test_each_room_gets_the_fastest_that_fits(given, monkeypatch):
     found = []
     gaps = (totals["none"] - totals["selective"], totals["selective"] - totals["block"])
     margin = min(gaps) // 4
-    for available in (*(total + margin for total in totals.values()), 0):
+    for available in (*(total + margin + GROWTH for total in totals.values()), 0):
         monkeypatch.setattr(check, "room_on", lambda _, a=available: Room(a, a, "machine"))
         chosen = check.with_checkpointing_chosen(recipe, base, BATCH, CPU, precision)
         found.append(chosen.training.activation_checkpointing)
@@ -65,7 +66,7 @@ def test_no_more_blocks_than_it_takes(mode, given, monkeypatch):
         return report_on(variant, base, BATCH, **known).estimate.total
 
     for blocks in (2, 5):
-        available = (total(mode, blocks - 1) + total(mode, blocks)) // 2
+        available = (total(mode, blocks - 1) + total(mode, blocks)) // 2 + GROWTH
         monkeypatch.setattr(check, "room_on", lambda _, a=available: Room(a, a, "machine"))
         chosen = check.with_checkpointing_chosen(recipe, base, BATCH, CPU, precision).training
         assert (chosen.activation_checkpointing, chosen.checkpointed_blocks) == (mode, blocks)
