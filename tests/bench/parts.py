@@ -57,6 +57,8 @@ LENGTHS = (256, 512, 1024, 2048)
 TURNS = (1, 2)
 MEMORY_LENGTHS = (1024, 2048, 4096, 8192)
 LIMIT_STEP, LIMIT_PRODUCTS = "limit: step", "limit: matrix products"
+LONG_LIMITS = {4096: 2.4, 8192: 3.1}
+"""GiB for a chat of so many tokens: under a third of what TRL takes."""
 SHORT_DOCUMENT = 256
 COMPILED = "compile on"
 NO_COMPILER_CACHE = "TORCHINDUCTOR_FORCE_DISABLE_CACHES"
@@ -122,14 +124,16 @@ def long_context(inputs: Inputs, steps: int, results: Mapping[str, Any]) -> Iter
             target.peer,
             lambda o=options: train_peer("trl_sft.py", inputs, steps=2, options=o),
         )
-        for label, checkpointing in (
-            ("checkpointing on", True),
-            ("checkpointing selective", "selective"),
+        limit = LONG_LIMITS[length]
+        for label, training in (
+            ("checkpointing on", {"activation_checkpointing": True}),
+            ("checkpointing selective", {"activation_checkpointing": "selective"}),
+            (
+                f"checkpointing auto within {limit} GiB",
+                {"activation_checkpointing": "auto", "memory_limit": limit},
+            ),
         ):
-            setting = Setting(
-                data={"max_seq_len": length},
-                training={"activation_checkpointing": checkpointing},
-            )
+            setting = Setting(data={"max_seq_len": length}, training=training)
             yield Variant(
                 f"{target.ours}, {label}",
                 lambda s=setting, r=rows: train_lorakit(s, inputs, rows=r, steps=2),
@@ -155,6 +159,7 @@ def ablation(inputs: Inputs, steps: int, results: Mapping[str, Any]) -> Iterator
         "torch's threads for each operation, none for documents": base.but(
             without="document-threads"
         ),
+        "large tensors by malloc (no arena)": base.but(without="arena"),
         "plain autograd (fused = false)": base.but(training={"fused": False}),
         "whole logits (no chunked loss)": base.but(without="chunked-loss"),
         "every token projected": base.but(without="trained-only"),

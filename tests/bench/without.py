@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import lorakit
-from lorakit import assemble, loss
+from lorakit import assemble, loss, runtime
 from lorakit.data.batches import IGNORED
 from lorakit.modules import attention, flash, matmul
 from lorakit.protocols import CausalLM
@@ -71,6 +71,11 @@ def no_onednn(on: bool) -> bool:
     return False
 
 
+def no_arena(on: bool) -> bool:
+    """For `use_arena`: malloc for large tensors too."""
+    return False
+
+
 def no_threads(*_: Any) -> int:
     """For `document_threads`: each operation is shared out over torch's threads instead."""
     return 1
@@ -81,6 +86,7 @@ REPLACED: dict[str, tuple[Any, str, Callable[..., Any]]] = {
     "chunked-loss": (loss, "cross_entropy_sum", whole_logits),
     "trained-only": (loss, "cross_entropy_sum", every_token),
     "document-threads": (assemble, "document_threads", no_threads),
+    "arena": (runtime, "use_arena", no_arena),
     "onednn": (matmul, "use_onednn", no_onednn),
     "blockwise": (flash, "beats_kernel", no_blocks),
     "flash-kernel": (attention, "has_flash", no_kernel),

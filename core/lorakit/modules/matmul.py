@@ -91,9 +91,9 @@ def row_multiple() -> int:
 
 def times_transposed(x: Tensor, weight: Tensor) -> Tensor:
     """x W^T `[T, out]`, of x `[T, in]` and W `[out, in]`."""
-    if _multiplying(x, weight):
+    if kernels := _multiplying(x, weight):
         y = empty((len(x), len(weight)), x)
-        times_transposed_into(y, x, weight)
+        _multiply(kernels, y, x, weight, transposed=True, add=False)
         return y
     if by_onednn(x, weight):
         made: Tensor = _linear(x.contiguous(), weight, None, "none", [], "")
