@@ -20,11 +20,14 @@ import threading
 import weakref
 from bisect import bisect_left, insort
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from math import prod
+from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 PAGE = mmap.PAGESIZE
 SPARE = 0.25
@@ -32,8 +35,10 @@ SPARE = 0.25
 others: a block's own come again in the next block, and what stays of each block fits between."""
 SMALLEST = 2**18
 """Bytes from which on a tensor is the arena's: smaller ones malloc keeps in any case."""
-_NO_RESERVE = 0x4000
-"""MAP_NORESERVE, which mmap has no name for: memory is taken when it is written to."""
+_NO_RESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000)
+"""Memory is taken when it is written to.  Older Pythons have no name for it."""
+_OVERCOMMIT = Path("/proc/sys/vm/overcommit_memory")
+"""2 where addresses count as memory whether they are used or not (proc(5))."""
 
 
 class Arena:
@@ -80,12 +85,6 @@ class Arena:
 
         self._lent[key] = weakref.ref(view, left)
         return view
-
-    def free_bytes(self) -> int:
-        """Of what has become memory, that which nothing holds."""
-        with self._lock:
-            self._join_holes()
-            return self.most - self._end + sum(size for size, _ in self._holes)
 
     def give_back(self) -> None:
         """Has the system take the memory that nothing holds."""
@@ -161,17 +160,29 @@ _arenas: list[Arena] = []
 
 def use_arena(on: bool) -> bool:
     """Has large tensors made in an arena, or by torch as others are; returns whether in one.  What
-    tensors an arena of before holds stay as they are."""
+    tensors an arena of before holds stay as they are, and what it does not need the system gets."""
+    give_back_memory()
     if not on:
         _arenas.clear()
-    elif not _arenas and sys.platform.startswith("linux"):
+    elif not _arenas and sys.platform.startswith("linux") and _addresses_are_free():
         try:
             memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
             _arenas.append(Arena(memory))
         except (OSError, ValueError, OverflowError):
-            # A limit on addresses (ulimit -v), or a system that promises no more than it has.
             return False
     return bool(_arenas)
+
+
+def _addresses_are_free() -> bool:
+    """Whether to reserve more than is used takes nothing from anybody."""
+    import resource
+
+    if resource.getrlimit(resource.RLIMIT_AS)[0] != resource.RLIM_INFINITY:
+        return False
+    try:
+        return _OVERCOMMIT.read_text(encoding="ascii").strip() != "2"
+    except (OSError, ValueError):
+        return False
 
 
 def arena_is_on() -> bool:
@@ -185,18 +196,21 @@ def give_back_memory() -> None:
         arena.give_back()
 
 
-def empty(shape: Sequence[int], like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """A contiguous tensor with no values yet, on the device of another, and of its dtype unless one
-    is given."""
-    dtype = dtype or like.dtype
-    size = prod(shape) * dtype.itemsize
-    if _arenas and size >= SMALLEST and _is_memory(like):
-        view = _arenas[0].take(size)
-        if view is not None:
-            flat = torch.frombuffer(view, dtype=dtype, count=size // dtype.itemsize)
-            # In place: a view's results may not be written over, to autograd's mind.
-            return flat.resize_(shape)
-    return like.new_empty(shape, dtype=dtype)
+def empty(shape: Sequence[int], like: Tensor) -> Tensor:
+    """A contiguous tensor with no values yet, of another's dtype and on its device."""
+    if _arenas and not torch.compiler.is_compiling():
+        size = prod(shape) * like.dtype.itemsize
+        if size >= SMALLEST and _is_memory(like):
+            view = _arenas[0].take(size)
+            if view is not None:
+                flat = torch.frombuffer(view, dtype=like.dtype, count=prod(shape))
+                # In place: a view's results may not be written over, to autograd's mind.
+                return flat.resize_(shape)
+        elif size >= SMALLEST and _fakes and isinstance(like, FakeTensor):
+            made = like.new_empty(shape)
+            _fakes[-1](made)
+            return made
+    return like.new_empty(shape)
 
 
 def empty_like(x: Tensor) -> Tensor:
@@ -205,6 +219,20 @@ def empty_like(x: Tensor) -> Tensor:
 
 
 def _is_memory(tensor: Tensor) -> bool:
-    """Not on another device, nor a fake one or a compiler's."""
+    """Not on another device, nor a fake one."""
     plain = type(tensor) is Tensor or type(tensor) is torch.nn.Parameter
-    return plain and tensor.device.type == "cpu" and not torch.compiler.is_compiling()
+    return plain and tensor.device.type == "cpu"
+
+
+_fakes: list[Callable[[Tensor], None]] = []
+
+
+@contextmanager
+def fakes_told(tell: Callable[[Tensor], None]) -> Iterator[None]:
+    """Within it, fake tensors that would be in the arena are told of: whoever counts what a run
+    allocates has malloc make no holes for these."""
+    _fakes.append(tell)
+    try:
+        yield
+    finally:
+        _fakes.pop()

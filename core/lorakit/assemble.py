@@ -10,7 +10,7 @@ from torch import nn
 
 from lorakit.adapters import adapter_config, apply_adapter
 from lorakit.base_model import BaseModel, load_weights, open_base_model, resolve_device
-from lorakit.blocks import checkpoint_blocks
+from lorakit.blocks import check_block_count, checkpoint_blocks
 from lorakit.compilation import check_compiler, compile_blocks
 from lorakit.context import rows_notice
 from lorakit.data.batches import BatchPlan
@@ -22,9 +22,9 @@ from lorakit.errors import UserError
 from lorakit.kernels import choose_kernels
 from lorakit.loop import trainable_parameters
 from lorakit.modules.low_rank import set_fused
-from lorakit.offloading import offload_to_host
-from lorakit.options import AUTO, TrainingOptions, faster_mode
-from lorakit.protocols import Precision, Progress
+from lorakit.offloading import ActivationOffload, offload_to_host
+from lorakit.options import AUTO, TrainingOptions, mode_text
+from lorakit.protocols import CausalLM, Precision, Progress
 from lorakit.recipes import Recipe
 from lorakit.results import check_room_for_merged
 from lorakit.run_directory import ADAPTER
@@ -111,6 +111,7 @@ def assemble(
         check_compiler(device)
     precision = recipe.precision.record.resolve(device, recipe.precision.options)
     base = open_base_model(recipe.model.options.path, recipe.catalog, progress, family=recipe.model)
+    check_block_count(base.causal_lm, recipe.training.checkpointed_blocks)
     check_room_for_merged(recipe, base.checkpoint)
     data = recipe.data.options
     tokenizer = base.tokenizer.with_template(data.chat_template)
@@ -146,12 +147,7 @@ def assemble(
         load_start(base.model, adapted, adapter.record, adapter.options, recipe.catalog)
     base.model.train()
     plan.threads = document_threads(base.causal_lm, device, training)
-    mode = str(training.activation_checkpointing)
-    offload = offload_to_host(device) if training.activation_offloading else None
-    if training.compile:
-        compile_blocks(base.causal_lm)
-    count = training.checkpointed_blocks
-    checkpoint_blocks(base.causal_lm, mode, offload, count=count, compiled=training.compile)
+    offload = _arrange_blocks(base.causal_lm, training, device)
     set_fused(training.fused)
     total = sum(1 for _ in plan.first_windows(training.epochs, training.max_steps))
     lengths = [*dataset.report.lengths, *(evaluated.report.lengths if evaluated else [])]
@@ -164,7 +160,8 @@ def assemble(
             "where that can be done evenly (LORAKIT_TUNE=0 turns this off)"
         )
     if recipe.training.activation_checkpointing == AUTO:
-        notices.append(f"activation checkpointing: {_mode_text(training)}, the fastest that fits")
+        chosen = mode_text(str(training.activation_checkpointing), training.checkpointed_blocks)
+        notices.append(f"activation checkpointing: {chosen}, the fastest that fits")
     if training.activation_offloading and offload is None:
         notices.append(
             f"training.activation_offloading: changes nothing, for on {device.type} activations "
@@ -216,6 +213,19 @@ def batch_plan(recipe: Recipe, dataset: Dataset, model: nn.Module) -> BatchPlan:
     )
 
 
+def _arrange_blocks(
+    model: CausalLM, training: TrainingOptions, device: torch.device
+) -> ActivationOffload | None:
+    """Compiles blocks and checkpoints their activations, as the recipe says; returns what moves
+    those to the host, if anything does."""
+    offload = offload_to_host(device) if training.activation_offloading else None
+    if training.compile:
+        compile_blocks(model)
+    mode, count = str(training.activation_checkpointing), training.checkpointed_blocks
+    checkpoint_blocks(model, mode, offload, count=count, compiled=training.compile)
+    return offload
+
+
 def _with_mode(
     recipe: Recipe,
     base: BaseModel,
@@ -228,13 +238,6 @@ def _with_mode(
     from lorakit.estimate.check import with_checkpointing_chosen
 
     return with_checkpointing_chosen(recipe, base.checkpoint, largest, device, precision)
-
-
-def _mode_text(training: TrainingOptions) -> str:
-    mode, count = str(training.activation_checkpointing), training.checkpointed_blocks
-    if not count:
-        return mode
-    return f"{mode} for {count} block{'s' if count > 1 else ''}, {faster_mode(mode)} for the others"
 
 
 def _largest_micro_batch(plan: BatchPlan, recipe: Recipe) -> MicroBatch:

@@ -48,10 +48,8 @@ def checkpoint_blocks(
     Raises:
         UserError: The model has fewer blocks.
     """
+    check_block_count(model, count)
     blocks = model.blocks
-    if count > len(blocks):
-        problem = f"training.checkpointed_blocks: {count}, where the model has {len(blocks)}"
-        raise UserError(problem, "leave it out for all.")
     modes = [mode] * (count or len(blocks))
     modes += [faster_mode(mode)] * (len(blocks) - len(modes))
     for block, own, is_last in zip(blocks, modes, _only_last(blocks), strict=True):
@@ -63,6 +61,16 @@ def checkpoint_blocks(
         else:
             hooks = nullcontext if is_last or offload is None else offload.hooks
             block.forward = partial(_checkpointed, block, block.forward, hooks)
+
+
+def check_block_count(model: CausalLM, count: int) -> None:
+    """
+    Raises:
+        UserError: The model has fewer blocks than are to be checkpointed.
+    """
+    if count > len(model.blocks):
+        problem = f"training.checkpointed_blocks: {count}, where the model has {len(model.blocks)}"
+        raise UserError(problem, "Leave it out for all.")
 
 
 def _only_last(blocks: Sequence[nn.Module]) -> list[bool]:

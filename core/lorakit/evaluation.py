@@ -14,12 +14,14 @@ import torch
 from attrs import define
 from torch import nn
 
+from lorakit.arena import give_back_memory
 from lorakit.data.batches import make_batch
 from lorakit.data.evaluation_set import EvaluationSet
 from lorakit.logs import LoggerGroup
 from lorakit.loss import batch_loss
 from lorakit.options import EvaluationOptions
 from lorakit.protocols import CausalLM
+from lorakit.runtime import trim_heap
 from lorakit.state import EvaluationState, TrainState, generator_states, restore_generators
 
 NOTABLE = 0.01
@@ -125,12 +127,15 @@ def mean_loss(
 def _as_in_use(model: nn.Module, device: torch.device) -> Iterator[None]:
     """Without gradients and dropout; afterwards the model trains on as if nothing had been."""
     generators = generator_states(device)
+    # Without gradients most tensors are malloc's, and what a step leaves in the arena is no use.
+    give_back_memory()
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:
         with torch.no_grad():
             yield
     finally:
+        trim_heap()
         for module in training:
             module.training = True
         # A plugin's layer may draw numbers whatever the mode is.

@@ -168,6 +168,14 @@ def faster_mode(mode: str) -> str:
     return CHECKPOINTING_MODES[max(0, CHECKPOINTING_MODES.index(mode) - 1)]
 
 
+def mode_text(mode: str, blocks: int) -> str:
+    """A mode of activation checkpointing, of so many blocks; 0 for all."""
+    if not blocks:
+        return mode
+    some = f"{blocks} block{'s' if blocks > 1 else ''}"
+    return f"{mode} for {some}, {faster_mode(mode)} for the others"
+
+
 def _checkpointing_mode(value: bool | str) -> str:
     return value if isinstance(value, str) else ("block" if value else "none")
 

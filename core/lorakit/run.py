@@ -159,6 +159,7 @@ def _fit(
     def epoch_done(state: TrainState) -> None:
         last = state.epoch == recipe.training.epochs
         if keep.save_merged_each_epoch and not last:
+            give_back_memory()
             write_merged(run, recipe.output / f"{MERGED}-epoch-{state.epoch}", progress)
 
     left = run.total_steps - state.step

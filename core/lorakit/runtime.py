@@ -2,12 +2,12 @@
 
 On Linux with glibc, every large tensor is by default given back to the kernel when it is freed
 and faulted in again when the next one is made: 15 to 26% of a CPU run's time.  The large ones that
-lorakit makes itself, nearly all that a step makes, come from an arena (`lorakit.arena`); for the
-others, raising two thresholds of malloc keeps their memory in the process.  On AMD processors with
+lorakit makes itself, most that a step makes, come from an arena (`lorakit.arena`); for the others,
+raising two thresholds of malloc keeps their memory in the process.  On AMD processors with
 AVX-512, oneDNN computes the products that MKL is slow at: see `lorakit.modules.matmul`.
 
 LORAKIT_TUNE=0 leaves the process as it is; of what an earlier run in it has set, products go back
-to the library that torch takes, malloc and denormals stay as set.
+to the library that torch takes and large tensors to malloc, whose settings stay, as denormals do.
 """
 
 from __future__ import annotations
@@ -135,17 +135,27 @@ def _set_malloc_thresholds() -> bool:
     return done
 
 
+def trim_heap() -> None:
+    """Has malloc give back what it keeps of memory that is freed, where it is told to keep any."""
+    if _tuned["threshold"] and (trim := _glibc("malloc_trim")) is not None:
+        trim(0)
+
+
 def _mallopt(setting: int, value: int) -> bool:
     mallopt = _glibc_mallopt()
     return mallopt is not None and bool(mallopt(setting, value))
 
 
 def _glibc_mallopt() -> Callable[[int, int], int] | None:
+    return _glibc("mallopt")
+
+
+def _glibc(name: str) -> Callable[..., int] | None:
     if not sys.platform.startswith("linux"):
         return None
     try:
-        found: Callable[[int, int], int] = ctypes.CDLL("libc.so.6").mallopt
+        found: Callable[..., int] = getattr(ctypes.CDLL("libc.so.6"), name)
     except (OSError, AttributeError):
-        # Another C library (musl) has no such setting.
+        # Another C library (musl) has no such function.
         return None
     return found

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from attrs import evolve
@@ -10,7 +12,7 @@ import lorakit
 from lorakit.cli import main
 from lorakit.errors import RecipeError, UserError
 from lorakit.estimate import check
-from lorakit.estimate.check import GROWTH
+from lorakit.estimate.check import GROWTH, TRUST
 from lorakit.estimate.rehearsal import MicroBatch, with_checkpointing
 from lorakit.estimate.report import report_on
 from lorakit.estimate.room import Room
@@ -21,6 +23,12 @@ from lorakit.weights.base import open_base
 CPU = torch.device("cpu")
 BATCH = MicroBatch((40_000,) * 3, 30_000)
 AUTO = {"activation_checkpointing": "auto", "max_steps": 1}
+
+
+def room_for(total):
+    """That which a run of so many bytes is chosen for."""
+    available = math.ceil((total + GROWTH) / TRUST)
+    return Room(available, available, "machine")
 
 
 @pytest.fixture
@@ -49,8 +57,8 @@ def test_each_room_gets_the_fastest_that_fits(given, monkeypatch):
     found = []
     gaps = (totals["none"] - totals["selective"], totals["selective"] - totals["block"])
     margin = min(gaps) // 4
-    for available in (*(total + margin + GROWTH for total in totals.values()), 0):
-        monkeypatch.setattr(check, "room_on", lambda _, a=available: Room(a, a, "machine"))
+    for available in (*(total + margin for total in totals.values()), 0):
+        monkeypatch.setattr(check, "room_on", lambda _, a=available: room_for(a))
         chosen = check.with_checkpointing_chosen(recipe, base, BATCH, CPU, precision)
         found.append(chosen.training.activation_checkpointing)
     assert found == [*CHECKPOINTING_MODES, "block"]
@@ -66,8 +74,8 @@ def test_no_more_blocks_than_it_takes(mode, given, monkeypatch):
         return report_on(variant, base, BATCH, **known).estimate.total
 
     for blocks in (2, 5):
-        available = (total(mode, blocks - 1) + total(mode, blocks)) // 2 + GROWTH
-        monkeypatch.setattr(check, "room_on", lambda _, a=available: Room(a, a, "machine"))
+        available = (total(mode, blocks - 1) + total(mode, blocks)) // 2
+        monkeypatch.setattr(check, "room_on", lambda _, a=available: room_for(a))
         chosen = check.with_checkpointing_chosen(recipe, base, BATCH, CPU, precision).training
         assert (chosen.activation_checkpointing, chosen.checkpointed_blocks) == (mode, blocks)
 

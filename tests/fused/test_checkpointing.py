@@ -12,6 +12,8 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from lorakit import arena
+from lorakit.arena import use_arena
 from lorakit.blocks import checkpoint_blocks
 from lorakit.errors import RecipeError, UserError
 from lorakit.modules import RMSNorm
@@ -119,6 +121,27 @@ def test_blocks_that_are_left_out_keep_more(mode, make_model, make_batch, loss_a
     faster = make_model("llama", num_hidden_layers=4)
     checkpoint_blocks(faster, faster_mode(mode))
     assert kept_bytes(faster, make_batch())[0] - kept[0] == pytest.approx(saved[0], rel=0.05)
+
+
+@pytest.mark.parametrize("mode", CHECKPOINTING_MODES)
+@pytest.mark.parametrize("adapter", ["lora", "dora_dropout"])
+def test_an_arena_changes_nothing(
+    mode, adapter, model_type, make_model, loss_and_gradients, monkeypatch
+):
+    model = make_model(model_type, adapter)
+    checkpoint_blocks(model, mode)
+    expected = loss_and_gradients(model)
+    monkeypatch.setattr(arena, "SMALLEST", 1)
+    use_arena(False)
+    if not use_arena(True):
+        pytest.skip("no arena on this system")
+    try:
+        found = loss_and_gradients(model)
+        assert torch.equal(found[0], expected[0])
+        assert all(torch.equal(found[1][name], expected[1][name]) for name in expected[1])
+        assert arena._arenas[0].most > 0
+    finally:
+        use_arena(False)
 
 
 def test_a_model_of_fewer_blocks_is_told(make_model):

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import gc
+import resource
+import sys
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,14 +17,27 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lorakit import arena
-from lorakit.arena import PAGE, SMALLEST, Arena, arena_is_on, empty, empty_like, use_arena
+from lorakit.arena import (
+    PAGE,
+    SMALLEST,
+    Arena,
+    arena_is_on,
+    empty,
+    empty_like,
+    fakes_told,
+    use_arena,
+)
 
 LARGE = SMALLEST // 4
 """Elements of fp32 from which on a tensor is the arena's."""
 
 
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="arenas are for Linux")
+
+
 @pytest.fixture
 def in_arena() -> Iterator[Arena]:
+    use_arena(False)
     if not use_arena(True):
         pytest.skip("no arena on this system")
     yield arena._arenas[0]
@@ -51,16 +67,15 @@ def test_what_is_in_use_is_nobody_elses(steps: list[tuple[int, bool, int]]) -> N
         most = max(most, sum(len(view) for view, _ in held))
         del view
     assert all(view[0] == view[-1] == mark for view, mark in held)
-    in_use = sum(len(view) for view, _ in held)
-    assert memory.free_bytes() == memory.most - in_use
     assert memory.most >= most
+    before = memory.most
     held.clear()
-    if steps and most:
-        before = memory.most
-        assert memory.free_bytes() == before
+    memory.give_back()
+    assert memory.most == 0, "holes next to each other did not become one"
+    if before:
         whole = memory.take(before)
         assert whole is not None
-        assert memory.most == before, "holes next to each other did not become one"
+        assert not any(whole)
 
 
 def test_the_next_of_a_size_has_what_the_last_left() -> None:
@@ -96,17 +111,19 @@ def test_a_full_one_hands_out_nothing_and_says_so() -> None:
 
 def test_memory_given_back_is_the_systems() -> None:
     memory = Arena(2**24)
-    kept, left = memory.take(4 * PAGE), memory.take(4 * PAGE)
-    assert kept is not None
-    assert left is not None
-    kept[:], left[:] = b"k" * len(kept), b"l" * len(left)
-    del left
+    views = [memory.take(4 * PAGE) for _ in range(4)]
+    for view in views:
+        assert view is not None
+        view[:] = b"x" * len(view)
+    del view
+    # A hole between two that are held, and the end.
+    views[1] = views[3] = None
     memory.give_back()
-    assert memory.free_bytes() == 0
-    again = memory.take(4 * PAGE)
-    assert again is not None
-    assert not any(again), "its pages are the old ones"
-    assert bytes(kept) == b"k" * len(kept)
+    assert memory.most == 12 * PAGE
+    again = [memory.take(4 * PAGE) for _ in range(2)]
+    assert memory.most == 16 * PAGE
+    assert not any(any(view) for view in again if view is not None), "its pages are the old ones"
+    assert all(bytes(view) == b"x" * len(view) for view in views if view is not None)
 
 
 def test_a_tensor_holds_its_memory_for_as_long_as_a_view_of_it(in_arena: Arena) -> None:
@@ -131,6 +148,7 @@ def test_what_autograd_keeps_is_kept(in_arena: Arena) -> None:
     assert scale.grad is not None
     assert torch.equal(scale.grad, values)
     assert noise
+    assert in_arena.most > 0
 
 
 def test_another_thread_may_leave_it(in_arena: Arena) -> None:
@@ -141,7 +159,9 @@ def test_another_thread_may_leave_it(in_arena: Arena) -> None:
     for thread in threads:
         thread.join()
     gc.collect()
-    assert in_arena.free_bytes() == in_arena.most
+    assert in_arena.most > 0
+    in_arena.give_back()
+    assert in_arena.most == 0
 
 
 def test_many_threads_get_memory_of_their_own(in_arena: Arena) -> None:
@@ -161,6 +181,7 @@ def test_many_threads_get_memory_of_their_own(in_arena: Arena) -> None:
     for thread in threads:
         thread.join()
     assert not wrong
+    assert in_arena.most > 0
 
 
 def _others() -> dict[str, Tensor]:
@@ -207,3 +228,35 @@ def test_a_system_without_the_addresses_does_without(monkeypatch: pytest.MonkeyP
     assert not use_arena(True)
     assert not arena_is_on()
     assert len(empty((LARGE,), torch.empty(0))) == LARGE
+
+
+def test_where_addresses_are_limited_none_are_reserved(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    use_arena(False)
+    strict = tmp_path / "overcommit_memory"
+    strict.write_text("2\n")
+    with monkeypatch.context() as patched:
+        patched.setattr(arena, "_OVERCOMMIT", strict)
+        assert not use_arena(True)
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (2**36, 2**36))
+    assert not use_arena(True)
+
+
+def test_the_next_run_in_a_process_begins_with_what_is_in_use(in_arena: Arena) -> None:
+    kept = empty((LARGE,), torch.empty(0))
+    passing = [empty((LARGE,), kept) for _ in range(3)]
+    del passing
+    assert in_arena.most > kept.nbytes
+    assert use_arena(True)
+    assert arena._arenas == [in_arena]
+    assert in_arena.most == kept.nbytes
+
+
+def test_who_counts_is_told_of_fakes_that_would_be_in_it(in_arena: Arena) -> None:
+    told: list[Tensor] = []
+    with FakeTensorMode(), fakes_told(told.append):
+        x = torch.empty(LARGE, 2)
+        found = [empty_like(x), empty((2,), x)]
+    assert [one is two for one, two in zip(told, found, strict=False)] == [True]
+    assert in_arena.most == 0

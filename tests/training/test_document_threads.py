@@ -15,7 +15,9 @@ from hypothesis import given
 from safetensors.torch import load_file
 
 import lorakit
+from lorakit import arena
 from lorakit import assemble as assembling
+from lorakit.arena import use_arena
 from lorakit.assemble import assemble
 from lorakit.data import shares
 from lorakit.data.shares import halved, shared_out
@@ -56,6 +58,25 @@ def first_run(make_recipe, **sections):
         noise = torch.randn(parameter.shape, generator=generator)
         parameter.data += 0.1 * noise
     return run, next(iter(run.plan.windows(0, 0)))[0]
+
+
+@pytest.mark.parametrize("mode", ["none", "selective", "block"])
+def test_threads_that_share_an_arena_compute_the_same(mode, make_recipe, monkeypatch):
+    run, batch = first_run(make_recipe, training={"activation_checkpointing": mode})
+    assert len(batch.parts) == 2
+    expected, wanted = loss_and_gradients(run, batch)
+    monkeypatch.setattr(arena, "SMALLEST", 1)
+    use_arena(False)
+    if not use_arena(True):
+        pytest.skip("no arena on this system")
+    try:
+        for _ in range(3):
+            loss, gradients = loss_and_gradients(run, batch)
+            assert torch.equal(loss, expected)
+            assert all(map(torch.equal, gradients, wanted))
+        assert arena._arenas[0].most > 0
+    finally:
+        use_arena(False)
 
 
 @pytest.mark.parametrize(

@@ -35,12 +35,7 @@ def estimate(
         content = words.as_json(found)
         if comparison:
             content["compare"] = [
-                {
-                    "quantization": row.quantization,
-                    "activation_checkpointing": row.mode,
-                    **words.as_json(row.report),
-                }
-                for row in rows
+                {"quantization": row.quantization, **words.as_json(row.report)} for row in rows
             ]
         click.echo(json.dumps(content, indent=2))
         return

@@ -25,6 +25,9 @@ from lorakit.protocols import BaseCheckpoint, CausalLM, Precision
 from lorakit.recipes import Recipe
 from lorakit.runtime import tune_process
 
+LIMIT = "training.memory_limit"
+TRUST = 0.95
+"""Share of what is there that choosing fills: estimates were up to 6% too low."""
 GROWTH = 2**25
 """Bytes that choosing is left: estimating itself has a process grow, by 14 MiB for the eight
 estimates that a model of 30 blocks may take."""
@@ -88,7 +91,9 @@ def with_checkpointing_chosen(
         known["process"] = report.process
         return report.estimate.total
 
-    available = room.available - GROWTH
+    # A limit of the recipe's is what to plan with; more than the system has ends the run.
+    limited = room.source == LIMIT
+    available = int(room.available * (1 if limited else TRUST)) - GROWTH
     totals: dict[str, int] = {}
     for mode in CHECKPOINTING_MODES:
         totals[mode] = total(mode)
@@ -109,7 +114,7 @@ def room_for(recipe: Recipe, device: torch.device) -> Room | None:
     room, limit = room_on(device), int(recipe.training.memory_limit * 2**30)
     if not limit or (room is not None and room.available <= limit):
         return room
-    return Room(limit, limit if room is None else room.total, "training.memory_limit")
+    return Room(limit, limit if room is None else room.total, LIMIT)
 
 
 def estimate_recipe(

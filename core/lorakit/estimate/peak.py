@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections import Counter
 from collections.abc import Mapping
 
@@ -10,7 +9,7 @@ import torch
 from attrs import frozen
 from torch import nn
 
-from lorakit.arena import SMALLEST
+from lorakit.arena import arena_is_on
 from lorakit.estimate.rehearsal import MicroBatch, Rehearsal, Step
 from lorakit.modules.frozen import StoredLinear
 from lorakit.modules.matmul import kernels_in_use, onednn_is_on
@@ -94,25 +93,24 @@ def estimate_peak(
     found = Counter(rehearsal.weights)
     found["optimizer"] = rehearsal.optimizer
     found["buffers"] = step.buffers
-    in_arena = SMALLEST if rehearsal.uses_arena else sys.maxsize
-    peak = _in_use_at_peak(step, in_arena, own_pages_from(device))
+    peak = _in_use_at_peak(step, own_pages_from(device))
     found.update(peak.parts)
     holes = HOLES_OF_PARTS if step.parts > 1 else HOLES
     found["allocator"] = int(holes * peak.in_heap + HOLES_OF_ARENA * peak.in_arena)
     if own_pages_from(device):
-        found["allocator"] += _kept_by_products(rehearsal)
+        found["allocator"] += _kept_by_products(rehearsal.model)
     found["loading"] = max(0, rehearsal.loading - process.by_steps - found.total())
     found["process"] = process.resident
     return Estimate({part: found[part] for part in PARTS})
 
 
-def _kept_by_products(rehearsal: Rehearsal) -> int:
+def _kept_by_products(model: nn.Module) -> int:
     """Bytes that the library of matrix products takes for itself."""
     if onednn_is_on():
         return COMPILED_BYTES
-    if not torch.backends.mkl.is_available() or not _has_wide_products_by_torch(rehearsal.model):
+    if not torch.backends.mkl.is_available() or not _has_wide_products_by_torch(model):
         return 0
-    return PACKED_BYTES if rehearsal.uses_arena else 2 * PACKED_BYTES
+    return PACKED_BYTES if arena_is_on() else 2 * PACKED_BYTES
 
 
 def _has_wide_products_by_torch(model: nn.Module) -> bool:
@@ -147,16 +145,15 @@ class _Peak:
     in_heap: int
 
 
-def _in_use_at_peak(step: Step, arena_from: int, own_pages: int) -> _Peak:
-    """Tensors of `arena_from` bytes or more are in an arena; of others, those under `own_pages`
-    bytes in a heap."""
+def _in_use_at_peak(step: Step, own_pages: int) -> _Peak:
+    """Tensors that are in no arena are in a heap, if they have under `own_pages` bytes."""
     now: Counter[str] = Counter()
     total = in_arena = in_heap = most = 0
     peak = _Peak({}, 0, 0)
     for event in step.events:
         now[step.labels[event.storage]] += event.size
         total += event.size
-        if abs(event.size) >= arena_from:
+        if event.storage in step.in_arena:
             in_arena += event.size
         elif abs(event.size) < own_pages:
             in_heap += event.size

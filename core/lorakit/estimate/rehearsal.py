@@ -6,7 +6,7 @@ while they do what they would do in the run.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from functools import partial
 from itertools import chain
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lorakit.adapters import apply_adapter
-from lorakit.arena import arena_is_on
+from lorakit.arena import fakes_told
 from lorakit.base_model import BaseModel, build_on_meta, load_weights
 from lorakit.blocks import checkpoint_blocks
 from lorakit.data.batches import Batch
@@ -79,12 +79,14 @@ class Step:
             weight, whose memory all of them share.
         parts: How many parts of a micro-batch are computed at the same time, each with buffers of
             its own.
+        in_arena: Which storages are in an arena, see `lorakit.arena`.
     """
 
     events: Sequence[Event]
     labels: Sequence[str]
     buffers: int
     parts: int = 1
+    in_arena: Set[int] = frozenset()
 
 
 @frozen
@@ -147,13 +149,6 @@ class Rehearsal:
         self.weights = _weight_bytes(model)
         self.optimizer = sum(self._state_bytes(p) for p in trainable_parameters(model))
 
-    @property
-    def uses_arena(self) -> bool:
-        """Whether large tensors share an arena, see `lorakit.arena`: not those that plain autograd
-        or a compiler makes."""
-        training = self._recipe.training
-        return arena_is_on() and training.fused and not training.compile
-
     def step(self, batch: MicroBatch) -> Step:
         """One optimizer step of micro-batches of this size."""
         model, watch = self.model, StorageWatch(batch.trained, self._device, self._results)
@@ -161,7 +156,8 @@ class Rehearsal:
         before = None
         if self._recipe.training.gradient_accumulation_steps > 1:
             before = self._left_by_a_micro_batch()
-        with self._fused_as_wanted(), self._mode, fakes_kept() as kept, watch:
+        fakes = fakes_told(watch.note_in_arena)
+        with self._fused_as_wanted(), self._mode, fakes_kept() as kept, fakes, watch:
             watch.ignore([*model.parameters(), *model.buffers()])
             _label_dequantized(model, watch)
             if before is not None:
@@ -182,7 +178,7 @@ class Rehearsal:
         events = [e for e in watch.events if e.storage not in staying]
         parts = self._parts(batch)
         buffers = (max(weights, default=0) + scratch) * parts
-        return Step(events, watch.labels, buffers, parts)
+        return Step(events, watch.labels, buffers, parts, watch.in_arena)
 
     def _left_by_a_micro_batch(self) -> _Left:
         """What the one before leaves to the next of a step.  More is in use during the next, so

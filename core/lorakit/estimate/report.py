@@ -15,7 +15,7 @@ from lorakit.estimate.peak import Estimate, Process, estimate_peak
 from lorakit.estimate.process import settle
 from lorakit.estimate.rehearsal import MicroBatch, Rehearsal, with_checkpointing
 from lorakit.estimate.room import Room, resident_bytes
-from lorakit.options import CHECKPOINTING_MODES
+from lorakit.options import CHECKPOINTING_MODES, mode_text
 from lorakit.protocols import BaseCheckpoint, Precision
 from lorakit.recipes import Recipe, Section
 
@@ -39,6 +39,8 @@ class Report:
         device: Where the run would be.
         largest_batch: Rows of the same length that fit; None where the room is not known.
         largest_length: Tokens a row that fit, with as many rows.
+        mode: Of activation checkpointing.
+        blocks: Of how many blocks that is; 0 for all.
     """
 
     estimate: Estimate
@@ -49,6 +51,8 @@ class Report:
     device: torch.device
     largest_batch: int | None
     largest_length: int | None
+    mode: str = "none"
+    blocks: int = 0
 
     @property
     def fits(self) -> bool:
@@ -61,13 +65,11 @@ class Variant:
 
     Attributes:
         quantization: Its name, or `none`.
-        mode: Of activation checkpointing, and of how many blocks, if not of all.
-        report: What it takes.
+        report: What it takes, in which mode of activation checkpointing.
         own: Whether it is the recipe as it is.
     """
 
     quantization: str
-    mode: str
     report: Report
     own: bool
 
@@ -101,9 +103,13 @@ def report_on(
         # Now that what loads and quantizes has been imported.
         process = Process(resident_bytes(), settled) if device.type == "cpu" else Process(0, 0)
     found = estimate_peak(rehearsal, batch, device, process)
-    rows = recipe.training.batch_size
+    training = recipe.training
+    rows, mode = training.batch_size, str(training.activation_checkpointing)
+    own = Report(
+        found, process, batch, rows, room, device, None, None, mode, training.checkpointed_blocks
+    )
     if room is None or not limits:
-        return Report(found, process, batch, rows, room, device, None, None)
+        return own
     share = batch.trained / batch.tokens
 
     @cache
@@ -121,7 +127,7 @@ def report_on(
     known = {batch.tokens: found.total, half: peak(half)}
     most = most_tokens_that_fit(peak, known, room.available)
     length = math.ceil(batch.tokens / rows)
-    return Report(found, process, batch, rows, room, device, most // length, most // rows)
+    return evolve(own, largest_batch=most // length, largest_length=most // rows)
 
 
 def compare(
@@ -147,15 +153,13 @@ def compare(
         name = section.name if section else "none"
         for mode in CHECKPOINTING_MODES:
             is_own = section == chosen and mode == recipe.training.activation_checkpointing
-            of_all = not (is_own and recipe.training.checkpointed_blocks)
             if is_own:
-                text = mode if of_all else f"{mode} {recipe.training.checkpointed_blocks}"
-                rows.append(Variant(name, text, own, own=True))
-            if not is_own or not of_all:
+                rows.append(Variant(name, own, own=True))
+            if own.blocks or not is_own:
                 variant = evolve(with_checkpointing(recipe, mode), quantization=section)
                 report = report_on(variant, checkpoint, batch, process=process, **known)
                 process = report.process
-                rows.append(Variant(name, mode, report, own=False))
+                rows.append(Variant(name, report, own=False))
             else:
                 process = own.process
     return rows
@@ -179,6 +183,7 @@ def table(report: Report) -> list[str]:
     shown = [(part, size) for part, size in report.estimate.parts.items() if size]
     lines += [f"  {part:<22}{size_text(size):>12}" for part, size in shown]
     lines.append(f"  {'in all':<22}{size_text(report.estimate.total):>12}")
+    lines.append(f"activation checkpointing: {mode_text(report.mode, report.blocks)}")
     return [*lines, *verdict(report)]
 
 
@@ -216,11 +221,15 @@ def comparison_table(rows: Sequence[Variant]) -> list[str]:
         compared = [parts[part] for part in COMPARED]
         sizes = [*compared, total - sum(compared), total]
         lines.append(
-            f"{row.quantization:<14}{row.mode:<13}"
+            f"{row.quantization:<14}{_short_mode(row.report):<13}"
             + "".join(f"{size_text(size):>14}" for size in sizes)
             + f"  {'yes' if row.report.fits else 'no'}{', this recipe' if row.own else ''}"
         )
     return lines
+
+
+def _short_mode(report: Report) -> str:
+    return f"{report.mode} {report.blocks}" if report.blocks else report.mode
 
 
 def as_json(report: Report) -> dict[str, Any]:
@@ -236,6 +245,8 @@ def as_json(report: Report) -> dict[str, Any]:
         "tokens": report.batch.tokens,
         "trained_tokens": report.batch.trained,
         "documents": len(report.batch.lengths),
+        "activation_checkpointing": report.mode,
+        "checkpointed_blocks": report.blocks,
         "largest_batch_size": report.largest_batch,
         "largest_length": report.largest_length,
     }

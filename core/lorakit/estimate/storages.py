@@ -50,6 +50,7 @@ class StorageWatch(TorchDispatchMode):
         events: In order.
         labels: By storage: what was under way when it was made.
         label: What is under way.
+        in_arena: The numbers of storages that are told to be in an arena.
 
     Entered inside `FakeTensorMode`, so that it comes before it.
     """
@@ -61,6 +62,7 @@ class StorageWatch(TorchDispatchMode):
         self.events: list[Event] = []
         self.labels: list[str] = []
         self.label = ""
+        self.in_arena: set[int] = set()
         self._trained = trained
         self._device = device
         self._results = results
@@ -89,6 +91,12 @@ class StorageWatch(TorchDispatchMode):
         for tensor in tensors:
             self._record(tensor)
         self.events.clear()
+
+    def note_in_arena(self, tensor: Tensor) -> None:
+        """Of a tensor that has just been made."""
+        known = self._known.get(tensor.untyped_storage()._cdata)
+        if known is not None:
+            self.in_arena.add(known[0])
 
     def relabel(self, tensors: Iterable[Tensor], label: str) -> None:
         """Gives the storages of tensors another label, now that it is known what they are."""

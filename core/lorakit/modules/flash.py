@@ -142,8 +142,7 @@ def _way_for(q: Tensor, k: Tensor) -> _Way:
     if kernels is not None and kernels.attends(q, k):
         return _ByKernels(kernels)
     if isinstance(q, FakeTensor) and (kernels := kernels_in_use()) and kernels.attends(q, k):
-        # What they will take besides, for whoever counts what a run allocates.
-        _workspace(kernels, q, k)
+        return _Pretended(kernels)
     return _Blockwise() if beats_kernel(q, k) else _Flash()
 
 
@@ -191,6 +190,24 @@ class _ByKernels:
         dout, q, k, v = (x.contiguous() for x in (dout, *inputs))
         workspace = _workspace(self.kernels, q, k)
         self.kernels.attend_backward(dout, q, k, v, out, normalizer, scale, into, workspace)
+
+
+@frozen
+class _Pretended:
+    """What kernels would allocate, for whoever counts that."""
+
+    kernels: Kernels
+
+    def forward(self, inputs: Inputs, scale: float, out: Tensor) -> Tensor | None:
+        q, k, _ = (x.contiguous() for x in inputs)
+        _workspace(self.kernels, q, k)
+        return q.new_empty(q.shape[1], len(q))
+
+    def backward(
+        self, dout: Tensor, inputs: Inputs, outputs: Outputs, scale: float, into: Inputs
+    ) -> None:
+        _, q, k, _ = (x.contiguous() for x in (dout, *inputs))
+        _workspace(self.kernels, q, k)
 
 
 def _workspace(kernels: Kernels, q: Tensor, k: Tensor) -> Tensor:

@@ -98,6 +98,8 @@ def times_transposed(x: Tensor, weight: Tensor) -> Tensor:
     if by_onednn(x, weight):
         made: Tensor = _linear(x.contiguous(), weight, None, "none", [], "")
         return made
+    if _makes_its_result(x):
+        return x @ weight.t()
     return torch.mm(x, weight.t(), out=empty((len(x), len(weight)), x))
 
 
@@ -122,9 +124,16 @@ def times(
         else:
             dx = _linear.binary(dy, plus, weight.t(), None, "add")
         return dx
-    if plus is None:
-        return torch.mm(dy, weight, out=empty((len(dy), weight.shape[1]), dy))
-    return plus.addmm_(dy, weight)
+    if plus is not None:
+        return plus.addmm_(dy, weight)
+    if _makes_its_result(dy):
+        return dy @ weight
+    return torch.mm(dy, weight, out=empty((len(dy), weight.shape[1]), dy))
+
+
+def _makes_its_result(x: Tensor) -> bool:
+    """Whether a product of a fake x stands for one of oneDNN's, which takes no memory for it."""
+    return _chosen["onednn"] and isinstance(x, FakeTensor) and x.dtype == torch.float32
 
 
 def times_transposed_into(out: Tensor, x: Tensor, weight: Tensor) -> None:
