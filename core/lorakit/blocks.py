@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from contextlib import nullcontext
 from functools import partial
 from typing import Any
@@ -52,29 +51,26 @@ def checkpoint_blocks(
     blocks = model.blocks
     modes = [mode] * (count or len(blocks))
     modes += [faster_mode(mode)] * (len(blocks) - len(modes))
-    for block, own, is_last in zip(blocks, modes, _only_last(blocks), strict=True):
+    for block, own in zip(blocks, modes, strict=True):
         if own == "none":
             if not compiled:
                 block.forward = Recomputing(block, block.forward)
         elif own == "selective" and isinstance(getattr(block, "mlp", None), nn.Module):
             _recompute_selectively(block, norms=not compiled)
         else:
-            hooks = nullcontext if is_last or offload is None else offload.hooks
+            hooks = offload.hooks if offload and block is not blocks[-1] else nullcontext
             block.forward = partial(_checkpointed, block, block.forward, hooks)
 
 
 def check_block_count(model: CausalLM, count: int) -> None:
-    """
+    """Before anything is loaded for a model that has fewer blocks than are to be checkpointed.
+
     Raises:
-        UserError: The model has fewer blocks than are to be checkpointed.
+        UserError: It has.
     """
     if count > len(model.blocks):
         problem = f"training.checkpointed_blocks: {count}, where the model has {len(model.blocks)}"
         raise UserError(problem, "Leave it out for all.")
-
-
-def _only_last(blocks: Sequence[nn.Module]) -> list[bool]:
-    return [block is blocks[-1] for block in blocks]
 
 
 def _checkpointed(module: nn.Module, forward: Any, hooks: Any, *args: Any) -> Any:

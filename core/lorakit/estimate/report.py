@@ -155,13 +155,12 @@ def compare(
             is_own = section == chosen and mode == recipe.training.activation_checkpointing
             if is_own:
                 rows.append(Variant(name, own, own=True))
+            # Of a number of blocks, the recipe's own is not what the mode takes for all.
             if own.blocks or not is_own:
                 variant = evolve(with_checkpointing(recipe, mode), quantization=section)
                 report = report_on(variant, checkpoint, batch, process=process, **known)
                 process = report.process
                 rows.append(Variant(name, report, own=False))
-            else:
-                process = own.process
     return rows
 
 
