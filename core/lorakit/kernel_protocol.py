@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
 
@@ -39,6 +40,56 @@ class Kernels(Protocol):
             x: `[T, K]`.
             weight: `[K, N]`, or transposed `[N, K]`.
             scale: `[K]`, contiguous, what x's columns are multiplied by first; None for nothing.
+        """
+        ...
+
+    def adapts(self, rows: int, dtype: torch.dtype) -> bool:
+        """Whether `adapt` is faster than torch for so many rows and a weight of that dtype, fp32 or
+        one that `multiplies` has taken."""
+        ...
+
+    def adapt(
+        self, x: Tensor, weight: Tensor, down: Tensor, up: Tensor, scale: float, out: Tensor
+    ) -> Tensor:
+        """out = x W^T + scale (x A^T) B^T: a layer with a low-rank update.
+
+        Args:
+            x: `[T, K]`.
+            weight: W `[N, K]`.
+            down: A `[r, K]`, contiguous.
+            up: B `[N, r]`, contiguous.
+            scale: Of the update.
+            out: `[T, N]`.
+
+        Returns:
+            scale x A^T `[T, r]`, contiguous.
+        """
+        ...
+
+    def adapt_backward(
+        self,
+        dout: Tensor,
+        x: Tensor,
+        low: Tensor,
+        weight: Tensor,
+        down: Tensor,
+        up: Tensor,
+        scale: float,
+        dx: Tensor | None,
+        *,
+        add: bool,
+        ratio: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """The gradients of A and of B, given that of out times the ratio.
+
+        Args:
+            dout: `[T, N]`.
+            x: As given to `adapt`, as are `weight`, `down`, `up` and `scale`.
+            low: What that returned.
+            dx: Where x's gradient is written to, or added to where `add`; None where nobody needs
+                it.
+            add: Whether dx holds anything yet.
+            ratio: `[N]`, contiguous; None for nothing (DoRA's m / ||W + s B A||).
         """
         ...
 

@@ -46,7 +46,7 @@ from lorakit.modules.matmul import (
     use_kernels,
     use_onednn,
 )
-from lorakit.modules.narrow import factor_of, row_blocks
+from lorakit.modules.narrow import factor_dtype, factor_of, row_blocks
 from lorakit.progress import TerminalProgress
 from lorakit.recipes import resolve_recipe
 
@@ -97,6 +97,13 @@ def linear_forward(parts: Sequence[LowRank], tokens: int, scratch: Scratch) -> N
     """y = x W^T + (x A^T) B^T, of layers that share x."""
     base = parts[0].base
     x = scratch("x", tokens, base.in_features)
+    kernels = adapting(parts, tokens, scratch)
+    if kernels is not None:
+        for part in parts:
+            down, up = cast(Tensor, part.down), cast(Tensor, part.up)
+            y = scratch("y", tokens, part.base.out_features)
+            kernels.adapt(x, factor_of(part.base, x), down, up, part.scale, y)
+        return
     adapted = [part for part in parts if part.down is not None and part.up is not None]
     lows = {}
     if adapted:
@@ -111,12 +118,30 @@ def linear_forward(parts: Sequence[LowRank], tokens: int, scratch: Scratch) -> N
             add_times(y, lows[id(part)], cast(Tensor, part.up).t())
 
 
+def adapting(parts: Sequence[LowRank], tokens: int, scratch: Scratch) -> Kernels | None:
+    """What makes a layer's products and its update's in one go, as the step has them."""
+    x = scratch("x", tokens, parts[0].base.in_features)
+    for part in parts:
+        dtype = factor_dtype(part.base, x)
+        if part.down is None or not (scratch.kernels and scratch.kernels.adapts(tokens, dtype)):
+            return None
+    return scratch.kernels
+
+
 def linear_backward(
     parts: Sequence[LowRank], tokens: int, scratch: Scratch, needs_dx: bool
 ) -> None:
     """dx = dy W + (dy B) A, and the gradients of A and B, of layers that share x."""
     wide = parts[0].base.in_features
     x, dx = scratch("x", tokens, wide), scratch("dx", tokens, wide)
+    kernels = adapting(parts, tokens, scratch)
+    if kernels is not None:
+        for index, part in enumerate(parts):
+            down, up = cast(Tensor, part.down), cast(Tensor, part.up)
+            dy, low = scratch("y", tokens, len(up)), scratch("low", tokens, len(down))
+            weight, into = factor_of(part.base, dy), dx if needs_dx else None
+            kernels.adapt_backward(dy, x, low, weight, down, up, part.scale, into, add=index > 0)
+        return
     ranks = 0
     for part in parts:
         dy = scratch("y", tokens, part.base.out_features)

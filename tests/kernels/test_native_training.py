@@ -62,6 +62,8 @@ CHANGES = {
     "stored in bf16": {"precision.storage": "checkpoint"},
     "selective": {"training.activation_checkpointing": "selective"},
     "nf4": {"quantization.name": "nf4"},
+    "DoRA": {"adapter.dora": True},
+    "a larger rank": {"adapter.rank": 70},
 }
 
 

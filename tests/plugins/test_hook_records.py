@@ -247,7 +247,7 @@ def test_lorakit_kernels(
     assert "a-broken" not in said
     assert set(asked.read_text().split()) == {
         *("multiply", "gate", "gate_backward", "attend", "attend_backward"),
-        *("normalize", "normalize_backward", "rotate"),
+        *("adapt", "adapt_backward", "normalize", "normalize_backward", "rotate"),
     }
     assert losses(run.output) == pytest.approx(losses(plain.output), rel=1e-5)
 

@@ -12,7 +12,8 @@ from torch.utils.checkpoint import checkpoint
 from lorakit.modules.cache import KeyValueCache
 from lorakit.modules.flash import flash_documents, has_flash
 from lorakit.modules.layout import Layout
-from lorakit.modules.low_rank import are_repeatable, fused_now, projections
+from lorakit.modules.low_rank import are_repeatable, fused_now
+from lorakit.modules.projections import projections
 from lorakit.modules.recompute import can_be_made_again, is_recomputing
 from lorakit.modules.rope import Rotary
 from lorakit.modules.uncompiled import uncompiled

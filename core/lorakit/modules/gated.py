@@ -19,15 +19,9 @@ from torch.utils.checkpoint import checkpoint
 
 from lorakit.arena import empty, empty_like
 from lorakit.kernel_protocol import Kernels
-from lorakit.modules.low_rank import (
-    KEPT,
-    LowRank,
-    backward_products,
-    forward_products,
-    low_ranks_of,
-    trained,
-)
+from lorakit.modules.low_rank import LowRank, low_ranks_of, trained
 from lorakit.modules.matmul import kernels_for
+from lorakit.modules.projections import KEPT, backward_products, forward_products
 
 Activation = Callable[[Tensor], Tensor]
 

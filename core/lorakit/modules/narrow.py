@@ -102,6 +102,13 @@ def factor_of(base: nn.Module, x: Tensor) -> Tensor:
     return weight_of(base, x)
 
 
+def factor_dtype(base: nn.Module, x: Tensor) -> torch.dtype:
+    """Of what `factor_of` gives."""
+    if isinstance(base, NarrowLinear) and multiplies_as_stored(x, base.weight):
+        return base.weight.dtype
+    return x.dtype
+
+
 def weight_of(base: nn.Module, like: Tensor) -> Tensor:
     """W `[out, in]` in the dtype of `like`, for the next product only."""
     if type(base) is nn.Linear and base.weight.dtype == like.dtype:

@@ -44,6 +44,8 @@ def check_kernels(record: KernelLibrary) -> None:
         _check_product(kernels, torch.randn(rows, inner), torch.randn(columns, inner))
     wide = torch.randn(65, 128)
     _check_product(kernels, wide, torch.randn(64, 128).bfloat16())
+    for rank, weight in product((1, 8, 70), (wide[:, :60].t(), torch.randn(70, 65).bfloat16())):
+        _check_adapted(kernels, weight.contiguous(), rank)
     g, u, dout = torch.randn(3, 65, 130).mul_(4).unbind()
     if kernels.gates(g):
         _check_gate(kernels, g, u, dout)
@@ -81,6 +83,54 @@ def _check_product(kernels: Kernels, x: Tensor, weight: Tensor) -> None:
             how = f"multiply: transposed={transposed}, add={add}, scaled={scale is not None}"
             _ensure_close(results[0], theirs, exact, how)
             ensure(torch.equal(*results), f"{how}: depends on the number of threads")
+
+
+def _check_adapted(kernels: Kernels, weight: Tensor, rank: int) -> None:
+    """Layers `[N, K]` with an update."""
+    outputs, inputs = weight.shape
+    rows, scale = 67, 0.5
+    if not kernels.adapts(rows, weight.dtype):
+        return
+    down, up = torch.randn(rank, inputs), torch.randn(outputs, rank)
+    # As a step has them: parts of larger tensors.
+    x = torch.randn(rows, inputs + 3)[:, :inputs]
+    dout = torch.randn(rows, outputs + 3)[:, :outputs]
+    start = torch.randn(rows, inputs)
+    for add, ratio in product((False, True), (None, torch.rand(outputs) + 0.5)):
+        plus = start if add else torch.zeros_like(start)
+        given = (x, weight.float(), down, up, dout, plus)
+        exact = _adapted([each.double() for each in given], scale, ratio)
+        theirs = _adapted(given, scale, ratio)
+        found = []
+        for threads in (1, 2):
+            out, dx = torch.empty(rows, outputs), start.clone()
+            with _torch_threads(threads):
+                low = kernels.adapt(x, weight, down, up, scale, out)
+                gradients = kernels.adapt_backward(
+                    dout, x, low, weight, down, up, scale, dx, add=add, ratio=ratio
+                )
+                alone = kernels.adapt_backward(
+                    dout, x, low, weight, down, up, scale, None, add=False, ratio=ratio
+                )
+            ensure(
+                all(map(torch.equal, gradients, alone)),
+                "adapt_backward: gradients of A and B depend on whether x's is wanted",
+            )
+            found.append((out, dx, *gradients))
+        how = f"{weight.dtype}, rank {rank}, add={add}, ratio={ratio is not None}"
+        names = [f"adapt, {how}", *(f"adapt_backward: d{name}, {how}" for name in ("x", "A", "B"))]
+        _ensure_each_close(names, found[0], theirs, exact, found[1])
+
+
+def _adapted(given: Sequence[Tensor], scale: float, ratio: Tensor | None) -> tuple[Tensor, ...]:
+    """The result, and the gradients of x, on top of `plus`, of A and of B."""
+    x, weight, down, up, dout, plus = given
+    inputs = [each.clone().requires_grad_() for each in (x, down, up)]
+    x, down, up = inputs
+    out = x @ weight.t() + scale * (x @ down.t()) @ up.t()
+    wanted = dout if ratio is None else dout * ratio
+    dx, d_down, d_up = torch.autograd.grad(out, inputs, wanted)
+    return out.detach(), dx + plus, d_down, d_up
 
 
 def _check_gate(kernels: Kernels, g: Tensor, u: Tensor, dout: Tensor) -> None:

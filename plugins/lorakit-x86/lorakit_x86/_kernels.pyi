@@ -23,6 +23,14 @@ def multiply(
     parallel: int,
     /,
 ) -> None: ...
+def adapt(*arguments: float) -> None:
+    """Units; x and out, each with its stride; low; then the layer: its weight, its stride and
+    whether it is bf16; down, up, ratio, scale; rows, inputs, outputs, rank; threads, parallel."""
+
+def adapt_backward(*arguments: float) -> None:
+    """Units; dout and x, each with its stride; low, d_low; dx and its stride, add; d_down, d_up;
+    the layer, as above; threads, parallel."""
+
 def gate(*arguments: int) -> None:
     """out, g and u, each with its stride; rows, width; threads, parallel."""
 

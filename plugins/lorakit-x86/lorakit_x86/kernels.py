@@ -67,6 +67,46 @@ class AVX512Kernels:
             *_threads(),
         )
 
+    def adapts(self, rows: int, dtype: torch.dtype) -> bool:
+        return True
+
+    def adapt(
+        self, x: Tensor, weight: Tensor, down: Tensor, up: Tensor, scale: float, out: Tensor
+    ) -> Tensor:
+        low = x.new_empty(len(x), len(down))
+        layer = _layer(x, weight, down, up, None, scale)
+        self.native.adapt(self.units, *_places(x, out), low.data_ptr(), *layer, *_threads())
+        return low
+
+    def adapt_backward(
+        self,
+        dout: Tensor,
+        x: Tensor,
+        low: Tensor,
+        weight: Tensor,
+        down: Tensor,
+        up: Tensor,
+        scale: float,
+        dx: Tensor | None,
+        *,
+        add: bool,
+        ratio: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        d_low, d_down, d_up = (torch.empty_like(each) for each in (low, down, up))
+        self.native.adapt_backward(
+            self.units,
+            *_places(dout, x),
+            low.data_ptr(),
+            d_low.data_ptr(),
+            *((0, 0) if dx is None else _places(dx)),
+            add,
+            d_down.data_ptr(),
+            d_up.data_ptr(),
+            *_layer(x, weight, down, up, ratio, scale),
+            *_threads(),
+        )
+        return d_down, d_up
+
     def gates(self, g: Tensor) -> bool:
         return True
 
@@ -150,10 +190,29 @@ class AMXKernels(AVX512Kernels):
         worthwhile = rows >= FEWEST_ROWS and min(weight.shape) >= NARROWEST
         return super().multiplies(rows, weight) or (worthwhile and weight.dtype == torch.float32)
 
+    def adapts(self, rows: int, dtype: torch.dtype) -> bool:
+        return dtype == torch.bfloat16 or rows >= FEWEST_ROWS
+
 
 def _places(*tensors: Tensor) -> tuple[int, ...]:
     """Where each is, and how far apart its rows are."""
     return tuple(n for x in tensors for n in (x.data_ptr(), x.stride(0)))
+
+
+def _layer(
+    x: Tensor, weight: Tensor, down: Tensor, up: Tensor, ratio: Tensor | None, scale: float
+) -> tuple[float, ...]:
+    """A layer with a low-rank update: where all is, and sizes."""
+    return (
+        *_places(weight),
+        weight.dtype == torch.bfloat16,
+        down.data_ptr(),
+        up.data_ptr(),
+        0 if ratio is None else ratio.data_ptr(),
+        scale,
+        *x.shape,
+        *up.shape,
+    )
 
 
 def _sizes(q: Tensor, k: Tensor) -> tuple[int, int, int, int]:

@@ -23,6 +23,24 @@ def load():
             y = x.double() @ (wide.t() if transposed else wide)
             out.copy_(out.double() + y if add else y)
 
+        def adapts(self, rows, dtype):
+            return True
+
+        def adapt(self, x, weight, down, up, scale, out):
+            self.asked.write("adapt\n")
+            low = scale * x.double() @ down.double().t()
+            out.copy_(x.double() @ weight.double().t() + low @ up.double().t())
+            return low.float()
+
+        def adapt_backward(self, dout, x, low, weight, down, up, scale, dx, *, add, ratio=None):
+            self.asked.write("adapt_backward\n")
+            dout = dout.double() if ratio is None else dout.double() * ratio
+            d_low = scale * dout @ up.double()
+            if dx is not None:
+                found = dout @ weight.double() + d_low @ down.double()
+                dx.copy_(dx + found if add else found)
+            return (d_low.t() @ x.double()).float(), (dout.t() @ low.double()).float()
+
         def gates(self, g):
             return True
 

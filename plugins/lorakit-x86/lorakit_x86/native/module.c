@@ -3,6 +3,7 @@
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
 
+#include "adapted.h"
 #include "attention.h"
 #include "gate.h"
 #include "multiply.h"
@@ -76,12 +77,61 @@ static PyObject *py_multiply(PyObject *self, PyObject *args) {
                         &parallel))
     return NULL;
   const product p = {
-      .out = numbers_at(out), .out_stride = out_stride, .x = numbers_at(x), .x_stride = x_stride,
-      .scale = numbers_at(scale), .weight = {numbers_at(weight), weight_stride, bf16}, .transposed = transposed, .rows = rows,
-      .columns = columns, .inner = inner, .add = add,
+      .out = numbers_at(out), .out_stride = out_stride,
+      .first = {numbers_at(x), x_stride, numbers_at(scale), {numbers_at(weight), weight_stride, bf16}, inner},
+      .transposed = transposed, .rows = rows, .columns = columns, .add = add,
   };
   Py_BEGIN_ALLOW_THREADS;
   failed = multiply(&p, kernels[units].multiply, threads, (parallel_fn)(uintptr_t)parallel);
+  Py_END_ALLOW_THREADS;
+  if (failed) return PyErr_NoMemory();
+  Py_RETURN_NONE;
+}
+
+static PyObject *py_adapt(PyObject *self, PyObject *args) {
+  (void)self;
+  address x, out, low, weight, down, up, ratio, parallel;
+  long x_stride, out_stride, weight_stride;
+  adapted layer;
+  int units, bf16, failed;
+  unsigned threads;
+  if (!PyArg_ParseTuple(args, "iKlKlKKlpKKKfllllIK", &units, &x, &x_stride, &out, &out_stride, &low,
+                        &weight, &weight_stride, &bf16, &down, &up, &ratio, &layer.scale,
+                        &layer.rows, &layer.inputs, &layer.outputs, &layer.rank, &threads, &parallel))
+    return NULL;
+  layer.weight = (matrix){numbers_at(weight), weight_stride, bf16};
+  layer.down = numbers_at(down);
+  layer.up = numbers_at(up);
+  layer.ratio = numbers_at(ratio);
+  Py_BEGIN_ALLOW_THREADS;
+  failed = adapt(&layer, numbers_at(x), x_stride, numbers_at(out), out_stride, numbers_at(low),
+                 kernels[units].multiply, threads, (parallel_fn)(uintptr_t)parallel);
+  Py_END_ALLOW_THREADS;
+  if (failed) return PyErr_NoMemory();
+  Py_RETURN_NONE;
+}
+
+static PyObject *py_adapt_backward(PyObject *self, PyObject *args) {
+  (void)self;
+  address dout, x, low, d_low, dx, d_down, d_up, weight, down, up, ratio, parallel;
+  long dout_stride, x_stride, dx_stride, weight_stride;
+  adapted layer;
+  int units, bf16, add, failed;
+  unsigned threads;
+  if (!PyArg_ParseTuple(args, "iKlKlKKKlpKKKlpKKKfllllIK", &units, &dout, &dout_stride, &x, &x_stride,
+                        &low, &d_low, &dx, &dx_stride, &add, &d_down, &d_up, &weight, &weight_stride,
+                        &bf16, &down, &up, &ratio, &layer.scale, &layer.rows, &layer.inputs,
+                        &layer.outputs, &layer.rank, &threads, &parallel))
+    return NULL;
+  layer.weight = (matrix){numbers_at(weight), weight_stride, bf16};
+  layer.down = numbers_at(down);
+  layer.up = numbers_at(up);
+  layer.ratio = numbers_at(ratio);
+  Py_BEGIN_ALLOW_THREADS;
+  failed = adapt_backward(&layer, numbers_at(dout), dout_stride, numbers_at(x), x_stride,
+                          numbers_at(low), numbers_at(d_low), numbers_at(dx), dx_stride, add,
+                          numbers_at(d_down), numbers_at(d_up), kernels[units].multiply, threads,
+                          (parallel_fn)(uintptr_t)parallel);
   Py_END_ALLOW_THREADS;
   if (failed) return PyErr_NoMemory();
   Py_RETURN_NONE;
@@ -222,6 +272,8 @@ static PyMethodDef methods[] = {
     {"unusable", unusable, METH_VARARGS, "Why units cannot be used on this machine, or None."},
 #if LORAKIT_HAS_KERNELS
     {"multiply", py_multiply, METH_VARARGS, "out = x W, or x W^T; see multiply.h."},
+    {"adapt", py_adapt, METH_VARARGS, "A layer with a low-rank update; see adapted.h."},
+    {"adapt_backward", py_adapt_backward, METH_VARARGS, "Its gradients; see adapted.h."},
     {"gate", py_gate, METH_VARARGS, "out = silu(g) u; see gate.h."},
     {"gate_backward", py_gate_backward, METH_VARARGS, "Its gradients; see gate.h."},
     {"normalize", py_normalize, METH_VARARGS, "RMSNorm; see norm.h."},

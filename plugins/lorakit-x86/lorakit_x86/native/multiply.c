@@ -38,6 +38,16 @@ typedef struct {
   atomic_int failed;
 } work;
 
+/* Leaves out the rows, or the columns, before `start`. */
+static void take_share(factors *f, int by_rows, int transposed, long start) {
+  if (by_rows) {
+    f->x += start * f->x_stride;
+  } else {
+    const long offset = transposed ? start * f->weight.stride : start;
+    f->weight.values = (const char *)f->weight.values + offset * (f->weight.bf16 ? 2 : 4);
+  }
+}
+
 static void multiply_shares(void *data) {
   work *all = data;
   for (long i; (i = atomic_fetch_add(&all->next, 1)) < all->shares;) {
@@ -49,14 +59,9 @@ static void multiply_shares(void *data) {
     if (start >= count) continue;
     const long size = smaller(count - start, each);
     p.out += by_rows ? start * p.out_stride : start;
-    if (by_rows) {
-      p.x += start * p.x_stride;
-      p.rows = size;
-    } else {
-      const long offset = p.transposed ? start * p.weight.stride : start;
-      p.weight.values = (const char *)p.weight.values + offset * (p.weight.bf16 ? 2 : 4);
-      p.columns = size;
-    }
+    *(by_rows ? &p.rows : &p.columns) = size;
+    take_share(&p.first, by_rows, p.transposed, start);
+    take_share(&p.more, by_rows, p.transposed, start);
     if (all->units(&p)) atomic_store(&all->failed, 1);
   }
 }

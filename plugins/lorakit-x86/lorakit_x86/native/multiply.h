@@ -11,19 +11,25 @@ typedef struct {
   int bf16;
 } matrix;
 
-/* out = x W, or x W^T if `transposed`, added to what out holds if `add`; x's columns times `scale`
-   [inner] first, if that is not NULL.
-
-   x [rows, inner], W [inner, columns] or transposed [columns, inner], out [rows, columns] fp32. */
+/* What a product multiplies: x [rows, inner], its columns times `scale` [inner] first, if that is not
+   NULL, with W [inner, columns], or transposed [columns, inner]. */
 typedef struct {
-  float *out;
-  long out_stride;
   const float *x;
   long x_stride;
   const float *scale;
   matrix weight;
+  long inner;
+} factors;
+
+/* out = x W, or x W^T if `transposed`, added to what out holds if `add`.
+
+   out [rows, columns] fp32; `more` is added to that, unless its inner is 0. */
+typedef struct {
+  float *out;
+  long out_stride;
+  factors first, more;
   int transposed;
-  long rows, columns, inner;
+  long rows, columns;
   int add;
 } product;
 

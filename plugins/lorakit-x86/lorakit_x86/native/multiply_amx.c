@@ -29,18 +29,18 @@ AMX_INLINE numbers load_weights(matrix w, long row, long at, long left) {
 }
 
 /* Tiles of x: for 16 rows at a time and 32 columns at a time, the three parts. */
-AMX static void copy_rows(const product *p, long row0, long rows, long at0, long inner,
+AMX static void copy_rows(const factors *f, long row0, long rows, long at0, long inner,
                           uint16_t *tiles) {
   const long steps = round_up(inner, DEPTH) / DEPTH;
   for (long row = 0; row < round_up(rows, TILE_ROWS); row++) {
-    const float *from = p->x + (row0 + row) * p->x_stride + at0;
+    const float *from = f->x + (row0 + row) * f->x_stride + at0;
     uint16_t *to = tiles + row / TILE_ROWS * steps * PARTS * TILE_NUMBERS + row % TILE_ROWS * DEPTH;
     for (long step = 0; step < steps; step++) {
       const long at = step * DEPTH;
       const long there = row < rows ? inner - at : 0;
       numbers x = load(from, at, there);
-      if (p->scale) {
-        const numbers factor = load(p->scale + at0, at, there);
+      if (f->scale) {
+        const numbers factor = load(f->scale + at0, at, there);
         x.low = _mm512_mul_ps(x.low, factor.low);
         x.high = _mm512_mul_ps(x.high, factor.high);
       }
@@ -121,7 +121,7 @@ AMX_INLINE int copy_straight(matrix w, long column0, long columns, long at0, lon
 
 AMX static int copy_weights(const product *p, long column0, long columns, long at0, long inner,
                             int parts, uint16_t *tiles) {
-  const matrix w = p->weight;
+  const matrix w = p->first.weight;
   /* Constants, so that each case is compiled for itself. */
   if (p->transposed) {
     return parts == 1 ? copy_transposed(w, column0, columns, at0, inner, 1, tiles)
@@ -194,18 +194,18 @@ AMX static void multiply_block(const uint16_t *x, const uint16_t *w, long steps,
 
 AMX int multiply_on_amx(const product *p) {
   const long of_x = round_up(smaller(p->rows, ROWS), TILE_ROWS) *
-                    round_up(smaller(p->inner, INNER), DEPTH) * PARTS;
+                    round_up(smaller(p->first.inner, INNER), DEPTH) * PARTS;
   uint16_t *x = kept(2 * of_x + WEIGHT_BYTES);
   if (!x) return 1;
   uint16_t *w = x + of_x;
-  int parts = p->weight.bf16 ? 1 : 0; /* 0: not known yet */
+  int parts = p->first.weight.bf16 ? 1 : 0; /* 0: not known yet */
   configure_tiles();
   for (long row = 0; row < p->rows; row += ROWS) {
     const long rows = smaller(p->rows - row, ROWS);
-    for (long at = 0; at < p->inner; at += INNER) {
-      const long inner = smaller(p->inner - at, INNER), steps = round_up(inner, DEPTH) / DEPTH;
+    for (long at = 0; at < p->first.inner; at += INNER) {
+      const long inner = smaller(p->first.inner - at, INNER), steps = round_up(inner, DEPTH) / DEPTH;
       const int add = p->add || at > 0;
-      copy_rows(p, row, rows, at, inner, x);
+      copy_rows(&p->first, row, rows, at, inner, x);
       long width;
       for (long column = 0; column < p->columns; column += width) {
         const int most = parts == 1 ? 1 : PARTS;
@@ -225,7 +225,12 @@ AMX int multiply_on_amx(const product *p) {
     }
   }
   _tile_release();
-  return 0;
+  if (!p->more.inner) return 0;
+  product rest = *p;
+  rest.first = p->more;
+  rest.more.inner = 0;
+  rest.add = 1;
+  return multiply_on_avx512(&rest);
 }
 
 #endif

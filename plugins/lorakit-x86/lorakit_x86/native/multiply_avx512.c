@@ -13,6 +13,9 @@ enum { TILE = 12, PANEL = 32 };
    far along as spares most rereading of results, and as much of W. */
 enum { ROWS = 30 * TILE, INNER = 576, WEIGHT_BYTES = 1 << 18 };
 
+/* Of a second pair of factors so much goes along with the end of the first. */
+enum { MORE = 64 };
+
 /* A panel of W: 32 columns. */
 AVX512 static void copy_straight(matrix w, long column, long columns, long at, long inner,
                                  float *to) {
@@ -41,10 +44,11 @@ AVX512 static void copy_transposed(matrix w, long row, long rows, long at, long 
     }
 }
 
-/* Rows of x, 12 at a time, the 12 next to each other for each column; rows there are not, are zeros. */
+/* Rows of x, 12 at a time, the 12 next to each other for each column; rows there are not, are zeros.
+   The next 12 are `length` columns further on. */
 AVX512 static void copy_rows(const float *x, long stride, const float *scale, long rows, long inner,
-                             float *to) {
-  for (long row = 0; row < rows; row += TILE, to += TILE * inner)
+                             long length, float *to) {
+  for (long row = 0; row < rows; row += TILE, to += TILE * length)
     for (long k = 0; k < inner; k += 16) {
       const __m512 factor = scale ? load_numbers(scale + k, inner - k) : _mm512_set1_ps(1);
       __m512i part[16];
@@ -61,75 +65,123 @@ AVX512 static void copy_rows(const float *x, long stride, const float *scale, lo
     }
 }
 
-/* Results of the first `tile` of 12 rows with a panel, of which there are `rows`. */
+/* Results of the first `tile` of 12 rows with a panel, of which there are `rows`, or with the first 16
+   columns of it, `halves` being 1. */
 AVX512_INLINE void multiply_tile(const float *x, const float *w, long inner, float *out,
-                                 long out_stride, long rows, long columns, int add, int tile) {
-  const __mmask16 low = first_of_16(columns), high = first_of_16(columns - 16);
+                                 long out_stride, long rows, long columns, int add, int tile,
+                                 int halves) {
   __m512 sums[TILE][2];
 #pragma GCC unroll 12
-  for (int i = 0; i < tile; i++) {
-    sums[i][0] = sums[i][1] = _mm512_setzero_ps();
-    /* Where results go: fetched while they are made. */
-    __builtin_prefetch(out + i * out_stride, 1);
-    __builtin_prefetch(out + i * out_stride + 16, 1);
-  }
+  for (int i = 0; i < tile; i++)
+    for (int half = 0; half < halves; half++) {
+      sums[i][half] = _mm512_setzero_ps();
+      /* Where results go: fetched while they are made. */
+      __builtin_prefetch(out + i * out_stride + 16 * half, 1);
+    }
 #pragma GCC unroll 2
   for (long k = 0; k < inner; k++, x += TILE, w += PANEL) {
-    const __m512 first = _mm512_load_ps(w), second = _mm512_load_ps(w + 16);
+    __m512 right[2];
+    for (int half = 0; half < halves; half++) right[half] = _mm512_load_ps(w + 16 * half);
 #pragma GCC unroll 12
     for (int i = 0; i < tile; i++) {
       const __m512 left = _mm512_set1_ps(x[i]);
-      sums[i][0] = _mm512_fmadd_ps(left, first, sums[i][0]);
-      sums[i][1] = _mm512_fmadd_ps(left, second, sums[i][1]);
+      for (int half = 0; half < halves; half++)
+        sums[i][half] = _mm512_fmadd_ps(left, right[half], sums[i][half]);
     }
   }
 #pragma GCC unroll 12
   for (int i = 0; i < tile; i++, out += out_stride) {
     if (i >= rows) return;
-    if (add) {
-      sums[i][0] = _mm512_add_ps(sums[i][0], _mm512_maskz_loadu_ps(low, out));
-      sums[i][1] = _mm512_add_ps(sums[i][1], _mm512_maskz_loadu_ps(high, out + 16));
+    for (int half = 0; half < halves; half++) {
+      const __mmask16 there = first_of_16(columns - 16 * half);
+      if (add)
+        sums[i][half] = _mm512_add_ps(sums[i][half], _mm512_maskz_loadu_ps(there, out + 16 * half));
+      _mm512_mask_storeu_ps(out + 16 * half, there, sums[i][half]);
     }
-    _mm512_mask_storeu_ps(out, low, sums[i][0]);
-    _mm512_mask_storeu_ps(out + 16, high, sums[i][1]);
   }
 }
 
 /* All rows of x, times a panel. */
-AVX512 static void multiply_panel(const float *x, const float *w, long inner, float *out,
-                                  long out_stride, long rows, long columns, int add) {
+AVX512_INLINE void multiply_panel(const float *x, const float *w, long inner, float *out,
+                                  long out_stride, long rows, long columns, int add, int halves) {
   for (; rows > 0; rows -= TILE, x += TILE * inner, out += TILE * out_stride) {
     /* Constants, so that each is compiled for itself. */
     if (rows > 8)
-      multiply_tile(x, w, inner, out, out_stride, rows, columns, add, 12);
+      multiply_tile(x, w, inner, out, out_stride, rows, columns, add, 12, halves);
     else if (rows > 4)
-      multiply_tile(x, w, inner, out, out_stride, rows, columns, add, 8);
+      multiply_tile(x, w, inner, out, out_stride, rows, columns, add, 8, halves);
     else
-      multiply_tile(x, w, inner, out, out_stride, rows, columns, add, 4);
+      multiply_tile(x, w, inner, out, out_stride, rows, columns, add, 4, halves);
+  }
+}
+
+AVX512 static void multiply_whole_panel(const float *x, const float *w, long inner, float *out,
+                                        long out_stride, long rows, long columns, int add) {
+  multiply_panel(x, w, inner, out, out_stride, rows, columns, add, 2);
+}
+
+AVX512 static void multiply_half_panel(const float *x, const float *w, long inner, float *out,
+                                       long out_stride, long rows, long columns, int add) {
+  multiply_panel(x, w, inner, out, out_stride, rows, columns, add, 1);
+}
+
+/* Part of the sum that a product is. */
+typedef struct {
+  const factors *from;
+  long at, inner;
+} part;
+
+AVX512 static void copy_rows_of(part a, long row, long rows, long length, float *to) {
+  const factors *f = a.from;
+  copy_rows(f->x + row * f->x_stride + a.at, f->x_stride, f->scale ? f->scale + a.at : NULL, rows,
+            a.inner, length, to);
+}
+
+AVX512 static void copy_weights_of(part a, int transposed, long column, long columns, float *to) {
+  (transposed ? copy_transposed : copy_straight)(a.from->weight, column, columns, a.at, a.inner, to);
+}
+
+/* Adds up one part, or two. */
+AVX512 static void multiply_parts(const product *p, part a, part b, long row, long rows, int add,
+                                  float *x, float *w) {
+  const long inner = a.inner + b.inner, width = WEIGHT_BYTES / 4 / inner / PANEL * PANEL;
+  copy_rows_of(a, row, rows, inner, x);
+  if (b.inner) copy_rows_of(b, row, rows, inner, x + a.inner * TILE);
+  for (long column = 0; column < p->columns; column += width) {
+    const long columns = smaller(p->columns - column, width);
+    float *out = p->out + row * p->out_stride + column;
+    for (long j = 0; j < columns; j += PANEL) {
+      float *panel = w + j * inner;
+      copy_weights_of(a, p->transposed, column + j, columns - j, panel);
+      if (b.inner)
+        copy_weights_of(b, p->transposed, column + j, columns - j, panel + a.inner * PANEL);
+    }
+    for (long j = 0; j < columns; j += PANEL)
+      (columns - j > 16 ? multiply_whole_panel : multiply_half_panel)(
+          x, w + j * inner, inner, out + j, p->out_stride, rows, columns - j, add);
   }
 }
 
 int multiply_on_avx512(const product *p) {
-  float *w = kept(WEIGHT_BYTES + ROWS * INNER * (long)sizeof(float));
+  float *w = kept(WEIGHT_BYTES + ROWS * (INNER + MORE) * (long)sizeof(float));
   if (!w) return 1;
   float *x = w + WEIGHT_BYTES / sizeof(float);
-  for (long row = 0; row < p->rows; row += ROWS)
-    for (long at = 0; at < p->inner; at += INNER) {
-      const long rows = smaller(p->rows - row, ROWS), inner = smaller(p->inner - at, INNER);
-      const long width = WEIGHT_BYTES / 4 / inner / PANEL * PANEL;
-      copy_rows(p->x + row * p->x_stride + at, p->x_stride, p->scale ? p->scale + at : NULL, rows,
-                inner, x);
-      for (long column = 0; column < p->columns; column += width) {
-        const long columns = smaller(p->columns - column, width);
-        float *out = p->out + row * p->out_stride + column;
-        for (long j = 0; j < columns; j += PANEL)
-          (p->transposed ? copy_transposed : copy_straight)(p->weight, column + j, columns - j, at,
-                                                            inner, w + j * inner);
-        for (long j = 0; j < columns; j += PANEL)
-          multiply_panel(x, w + j * inner, inner, out + j, p->out_stride, rows, columns - j,
-                         p->add || at > 0);
-      }
+  const part nothing = {&p->more, 0, 0};
+  const int along = p->more.inner <= MORE;
+  for (long row = 0; row < p->rows; row += ROWS) {
+    const long rows = smaller(p->rows - row, ROWS);
+    int add = p->add;
+    for (long at = 0; at < p->first.inner; at += INNER, add = 1) {
+      const part a = {&p->first, at, smaller(p->first.inner - at, INNER)};
+      const part rest = {&p->more, 0, p->more.inner};
+      const int last = at + INNER >= p->first.inner;
+      multiply_parts(p, a, last && along ? rest : nothing, row, rows, add, x, w);
     }
+    for (long at = 0; at < p->more.inner && !along; at += INNER) {
+      const part a = {&p->more, at, smaller(p->more.inner - at, INNER)};
+      multiply_parts(p, a, nothing, row, rows, 1, x, w);
+    }
+  }
   return 0;
 }
 
