@@ -123,6 +123,9 @@ def assemble(
     kernels = choose_kernels(recipe.training.kernels, recipe.catalog, device)
     tuned = tune_process(device)
     largest = _largest_micro_batch(plan, recipe)
+    if recipe.training.join_micro_batches:
+        # No more than the largest by itself: the memory of a run stays what it is.
+        plan.join_limits = largest.tokens, largest.trained
     # No more memory than training takes, for lack of a backward pass.
     evaluation = EvaluationSet.packed(evaluated, largest.tokens) if evaluated else None
     training = _with_mode(recipe, base, largest, device, precision).training

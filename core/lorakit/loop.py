@@ -169,7 +169,7 @@ def _advance(
     state: TrainState, window: Sequence[Batch], tokens: int, trained: int, loss: float
 ) -> None:
     state.step += 1
-    state.cursor += len(window)
+    state.cursor += sum(batch.joined for batch in window)
     state.tokens += tokens
     state.trained_tokens += trained
     state.loss = loss

@@ -61,6 +61,7 @@ LONG_LIMITS = {4096: 2.4, 8192: 3.1}
 """GiB for a chat of so many tokens: under a third of what TRL takes."""
 SHORT_DOCUMENT = 256
 COMPILED = "compile on"
+JOINED = "not packed (16 micro-batches of 1 document a step)"
 NO_COMPILER_CACHE = "TORCHINDUCTOR_FORCE_DISABLE_CACHES"
 BY_ONEDNN = ("onednn", "blockwise")
 """What there is to leave out only where oneDNN is the library of choice."""
@@ -152,6 +153,14 @@ def ablation(inputs: Inputs, steps: int, results: Mapping[str, Any]) -> Iterator
         "not packed (1 document a step)": base.but(
             data={"packed": False, "max_seq_len": 1024},
             training={"gradient_accumulation_steps": 1},
+        ),
+        JOINED: base.but(
+            data={"packed": False, "max_seq_len": 1024},
+            training={"gradient_accumulation_steps": 16},
+        ),
+        f"{JOINED}, each by itself": base.but(
+            data={"packed": False, "max_seq_len": 1024},
+            training={"gradient_accumulation_steps": 16, "join_micro_batches": False},
         ),
         "beginnings in common computed for each document": base.but(
             training={"share_prefixes": False}

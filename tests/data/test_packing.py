@@ -191,6 +191,30 @@ def test_an_epoch_is_over_behind_its_last_window_and_not_before(sizes, window, p
     assert plan.is_over(0, cursor)
 
 
+@given(
+    lengths,
+    st.integers(1, 3),
+    st.integers(1, 6),
+    st.tuples(st.integers(0, 3 * CAPACITY), st.integers(0, 2 * CAPACITY)),
+)
+def test_joined_micro_batches_are_those_of_the_step(sizes, batch_size, window, limits):
+    """The same examples in the same order, fewer micro-batches, none too large for being joined."""
+    apart = plan_of(sizes, batch_size=batch_size, window=window)
+    together = plan_of(sizes, batch_size=batch_size, window=window)
+    together.join_limits = limits
+    for ours, theirs in zip(together.windows(0, 0), apart.windows(0, 0), strict=True):
+        assert [row for b in ours for row in b.rows] == [row for b in theirs for row in b.rows]
+        assert sum(batch.joined for batch in ours) == len(theirs)
+        assert sum(batch.trained for batch in ours) == sum(batch.trained for batch in theirs)
+        for batch, following in zip(ours, [*ours[1:], None], strict=True):
+            assert batch.joined == 1 or (batch.size, batch.trained) <= limits
+            assert batch.joined == 1 or batch.trained <= limits[1]
+            if following is not None and following.joined == 1:
+                tokens, trained = batch.size + following.size, batch.trained + following.trained
+                assert tokens > limits[0] or trained > limits[1]
+    assert together.is_over(0, len(list(apart.micro_batches(0))))
+
+
 @given(lengths)
 def test_labels_never_cross_a_document(sizes):
     batch = make_batch(dataset_of(sizes), range(len(sizes)))

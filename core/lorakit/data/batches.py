@@ -42,6 +42,7 @@ class Batch:
         parts: The same documents shared out over threads (see `lorakit.document_threads`); none
             where they are not.
         together: How many parts of a micro-batch are computed at the same time, this one of them.
+        joined: How many of the recipe's micro-batches it is.
     """
 
     tokens: Tensor
@@ -51,6 +52,7 @@ class Batch:
     rows: tuple[int, ...]
     parts: tuple[Batch, ...] = ()
     together: int = 1
+    joined: int = 1
 
     def to(self, device: torch.device) -> Batch:
         if device.type == "cpu":
@@ -61,6 +63,7 @@ class Batch:
             self.layout.to(device),
             self.trained,
             self.rows,
+            joined=self.joined,
         )
 
     @property
@@ -105,6 +108,8 @@ class BatchPlan:
         shuffle: A new order each epoch, or the file's.
         share_prefixes: Have in a micro-batch once what its documents begin with in common.
         threads: Documents are shared out over parts that use so many together.
+        join_limits: Tokens, and trained ones, that micro-batches of an optimizer step may have
+            together to be computed as one.
     """
 
     dataset: Dataset
@@ -115,6 +120,7 @@ class BatchPlan:
     shuffle: bool
     share_prefixes: bool = False
     threads: int = 1
+    join_limits: tuple[int, int] = (0, 0)
     _ends: dict[int, int] = field(factory=dict)
 
     def micro_batches(self, epoch: int) -> Iterator[tuple[int, ...]]:
@@ -147,11 +153,31 @@ class BatchPlan:
             cursor += len(group)
             if following is None:
                 self._ends[epoch] = cursor
-            yield [self._batch(rows) for rows in group]
+            yield [self._batch(rows, count) for rows, count in self._joined(group)]
 
-    def _batch(self, rows: Sequence[int]) -> Batch:
+    def _joined(self, window: Sequence[tuple[int, ...]]) -> Iterator[tuple[tuple[int, ...], int]]:
+        """The micro-batches of an optimizer step, and how many are joined in each.
+
+        A step's loss is a sum over its tokens: in which of its micro-batches one is makes no
+        difference, and each of them takes reading all weights.
+        """
+        most, most_trained = self.join_limits
+        rows: tuple[int, ...] = ()
+        tokens = trained = count = 0
+        for more in window:
+            examples = [self.dataset.examples[index] for index in more]
+            tokens += sum(map(len, examples))
+            trained += sum(example.targets for example in examples)
+            if count and (tokens > most or trained > most_trained):
+                yield rows, count
+                rows, count = (), 0
+                tokens, trained = sum(map(len, examples)), sum(e.targets for e in examples)
+            rows, count = (*rows, *more), count + 1
+        yield rows, count
+
+    def _batch(self, rows: Sequence[int], joined: int) -> Batch:
         order, segments = self.arranged(rows)
-        whole = make_batch(self.dataset, order, segments)
+        whole = evolve(make_batch(self.dataset, order, segments), joined=joined)
         shares = shared_out(segments, self.threads)
         if len(shares) == 1:
             return whole
