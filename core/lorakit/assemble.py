@@ -126,8 +126,7 @@ def assemble(
     if recipe.training.join_micro_batches:
         # No more than the largest by itself: the memory of a run stays what it is.
         plan.join_limits = largest.tokens, largest.trained
-    # No more memory than training takes, for lack of a backward pass.
-    evaluation = EvaluationSet.packed(evaluated, largest.tokens) if evaluated else None
+    evaluation = _evaluation_set(evaluated, largest.tokens, plan) if evaluated else None
     training = _with_mode(recipe, base, largest, device, precision).training
     if check_memory:
         from lorakit.estimate.check import check_that_it_fits
@@ -200,6 +199,12 @@ def _check_ids(dataset: Dataset, vocabulary: int, path: str) -> None:
                 f"but the model has only {vocabulary:,}",
                 "Put the tokenizer that the model was trained with beside its weights.",
             )
+
+
+def _evaluation_set(dataset: Dataset, tokens: int, plan: BatchPlan) -> EvaluationSet:
+    """As much at a time as training takes: no more memory, for lack of a backward pass."""
+    shared = plan.share_prefixes
+    return EvaluationSet.packed(dataset, tokens, share_prefixes=shared)
 
 
 def batch_plan(recipe: Recipe, dataset: Dataset, model: nn.Module) -> BatchPlan:

@@ -81,14 +81,18 @@ def loss_in_threads(
         model: Its parameters that require gradients get them.
 
     Returns:
-        None where nothing may be computed in threads: no gradients are wanted, or the model draws
-        random numbers; the generator is then as it was.
+        None where nothing may be computed in threads, for the model draws random numbers; the
+        generator is then as it was.
     """
-    if model in _drawing or not torch.is_grad_enabled():
+    if model in _drawing:
         return None
     before = torch.get_rng_state()
-    trained = [p for p in model.parameters() if p.requires_grad]
-    loss: Tensor = _InThreads.apply(part_loss, parts, *trained)
+    if torch.is_grad_enabled():
+        trained = [p for p in model.parameters() if p.requires_grad]
+        loss: Tensor = _InThreads.apply(part_loss, parts, *trained)
+    else:
+        # Each thread has a mode of its own.
+        loss = torch.stack(in_threads(torch.no_grad()(part_loss), parts)).sum()
     if not torch.equal(before, torch.get_rng_state()):
         _drawing.add(model)
         torch.set_rng_state(before)

@@ -15,7 +15,6 @@ from attrs import define
 from torch import nn
 
 from lorakit.arena import give_back_memory
-from lorakit.data.batches import make_batch
 from lorakit.data.evaluation_set import EvaluationSet
 from lorakit.logs import LoggerGroup
 from lorakit.loss import batch_loss
@@ -117,7 +116,7 @@ def mean_loss(
         for indices in rows.micro_batches:
             if stop.is_set():
                 return None
-            batch = make_batch(rows.dataset, indices).to(device)
+            batch = rows.batch_of(indices).to(device)
             total += float(batch_loss(cast(CausalLM, model), batch))
             count += batch.trained
     return total / count
@@ -127,7 +126,7 @@ def mean_loss(
 def _as_in_use(model: nn.Module, device: torch.device) -> Iterator[None]:
     """Without gradients and dropout; afterwards the model trains on as if nothing had been."""
     generators = generator_states(device)
-    # Without gradients most tensors are malloc's, and what a step leaves in the arena is no use.
+    # Nothing is kept here: most of what a step leaves in the arena is of no use meanwhile.
     give_back_memory()
     training = [module for module in model.modules() if module.training]
     model.eval()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from attrs import frozen
@@ -33,17 +33,23 @@ from lorakit.base_model import (
 )
 from lorakit.catalog import Catalog, load_catalog
 from lorakit.context import context_length
-from lorakit.data.batches import make_batch
 from lorakit.data.dataset import load_dataset
+from lorakit.data.evaluation_set import EvaluationSet
 from lorakit.data.tokenizer import Tokenizer
+from lorakit.document_threads import document_threads
 from lorakit.errors import RecipeError, UserError, near_path
 from lorakit.foreign_names import OURS
+from lorakit.kernels import choose_kernels
 from lorakit.loss import batch_loss
-from lorakit.options import AdapterOptions
+from lorakit.options import AUTO, AdapterOptions, TrainingOptions
 from lorakit.progress import TerminalProgress
-from lorakit.protocols import Progress
+from lorakit.protocols import CausalLM, Progress
 from lorakit.recipes import Section, read_section
 from lorakit.records import AdapterMethod, DatasetFormat
+from lorakit.runtime import tune_process
+
+TOKENS_AT_ONCE = 1024
+"""That are evaluated together: many more take as long each, and more memory."""
 
 
 @frozen
@@ -109,6 +115,8 @@ def load_trained(path: str, device_name: str = "auto", *, full_precision: bool =
     progress = TerminalProgress()
     directory = find_adapter(Path(os.path.expanduser(path)))
     adapter = read_adapter(directory, catalog) if directory else None
+    tune_process(device)
+    choose_kernels(AUTO, catalog, device)
     base = open_base_of(adapter, catalog, progress) if adapter else None
     base = base or _named_base(path, catalog, progress)
     precision = catalog.defaults("precision")[0]
@@ -222,13 +230,17 @@ def evaluate(trained: Trained, data: str, form_name: str | None = None) -> Score
         catalog=trained.catalog,
         setting="--format {}",
     )
+    model = cast(CausalLM, trained.model)
+    shared = getattr(model, "shares_prefixes", False)
+    rows = EvaluationSet.packed(dataset, TOKENS_AT_ONCE, share_prefixes=shared)
+    rows.threads = document_threads(model, trained.device, TrainingOptions())
     total, count = 0.0, 0
     with progress.task("evaluating", len(dataset.examples), unit="rows") as task:
-        for row in range(len(dataset.examples)):
-            batch = make_batch(dataset, [row]).to(trained.device)
-            total += float(batch_loss(trained.model, batch))  # type: ignore[arg-type]
+        for indices in rows.micro_batches:
+            batch = rows.batch_of(indices).to(trained.device)
+            total += float(batch_loss(model, batch))
             count += batch.trained
-            task.advance()
+            task.advance(len(indices))
     report = dataset.report
     return Scores(
         total / count,

@@ -203,6 +203,7 @@ CONFIG = {
 }
 
 
+@pytest.mark.slow
 def test_it_is_within_a_tenth_of_what_a_run_takes(make_recipe: Callable[..., str], tmp_path: Path):
     """tests/bench/estimate_accuracy.py does this for real shapes."""
     write = "import sys, json; from lorakit.testing import write_checkpoint as write; "

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from lorakit.loss import batch_loss
 from lorakit.modules import blockwise, matmul
 from lorakit.modules.flash import has_flash
 from lorakit.modules.low_rank import plain_path
@@ -47,6 +48,16 @@ def test_equal_where_products_are_by_onednn(
 @pytest.mark.parametrize("adapter", ["lora", "dora_dropout"])
 def test_equal_where_products_are_by_kernels(model_type, adapter, make_model, assert_paths_agree):
     assert_paths_agree(make_model(model_type, adapter))
+
+
+@pytest.mark.usefixtures("kernels")
+def test_equal_without_gradients(model_type, make_model, make_batch):
+    """As a run is evaluated."""
+    model, batch = make_model(model_type, "dora_dropout").eval(), make_batch()
+    with torch.no_grad():
+        loss = batch_loss(model, batch)
+        with plain_path():
+            torch.testing.assert_close(loss, batch_loss(model, batch), rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize("adapter", ["lora", "dora_dropout"])

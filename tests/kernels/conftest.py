@@ -31,7 +31,8 @@ def emulated(tmp_path_factory: pytest.TempPathFactory) -> ModuleType:
         pytest.skip("no C compiler")
     built = tmp_path_factory.mktemp("emulated")
     environment = {**os.environ, "CFLAGS": "-DLORAKIT_EMULATED_TILES"}
-    command = [sys.executable, "setup.py", "-q", "build_ext", "-b", built, "-t", built / "objects"]
+    command = [sys.executable, "setup.py", "-q", "build_ext", "-j2", "-b", built]
+    command += ["-t", built / "objects"]
     done = subprocess.run(
         command, cwd=PLUGIN, env=environment, capture_output=True, text=True, check=False
     )

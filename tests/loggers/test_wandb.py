@@ -247,6 +247,7 @@ def test_without_a_key_it_logs_offline(make_recipe: Callable[..., str]):
     assert [row["_step"] for row in history(file)] == [1, 2]
 
 
+@pytest.mark.slow
 def test_a_server_that_never_answers_delays_a_run_but_does_not_stop_it(
     make_recipe: Callable[..., str],
 ):

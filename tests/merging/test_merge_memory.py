@@ -22,6 +22,7 @@ def measured(*arguments: object) -> dict[str, float]:
     return {k.strip(): float(v) for k, v in re.findall(r"(?m)^(\D+?) +([\d.]+) GB", done.stdout)}
 
 
+@pytest.mark.slow
 def test_peak_is_no_more_than_the_largest_shard_beside_the_interpreter(tmp_path):
     found = measured("--gigabytes", 0.3, "--shard-gigabytes", 0.15, "--folder", tmp_path)
     assert found["model"] > 0.25

@@ -62,6 +62,7 @@ def test_losses_are_those_without(assert_same_losses, capsys):
     assert float(told[0].removeprefix("compiling took ").removesuffix(" s")) > 0
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("traced_only")
 @pytest.mark.parametrize("mode", ["selective", "block"])
 def test_losses_are_those_without_under_checkpointing(mode, assert_same_losses):

@@ -60,6 +60,24 @@ def first_run(make_recipe, **sections):
     return run, next(iter(run.plan.windows(0, 0)))[0]
 
 
+def test_without_gradients_too(make_recipe, monkeypatch):
+    """As a run is evaluated."""
+    run, batch = first_run(make_recipe)
+    asked = []
+
+    def counted(function, items):
+        asked.append(len(items))
+        return in_threads(function, items)
+
+    monkeypatch.setattr("lorakit.document_threads.in_threads", counted)
+    with torch.no_grad():
+        loss = batch_loss(run.base.causal_lm, batch)
+        whole = batch_loss(run.base.causal_lm, evolve(batch, parts=()))
+    assert asked == [2]
+    assert not loss.requires_grad
+    torch.testing.assert_close(loss, whole, rtol=1e-6, atol=0)
+
+
 @pytest.mark.parametrize("mode", ["none", "selective", "block"])
 def test_threads_that_share_an_arena_compute_the_same(mode, make_recipe, monkeypatch):
     run, batch = first_run(make_recipe, training={"activation_checkpointing": mode})

@@ -95,7 +95,42 @@ class Batch:
 
 
 @define
-class BatchPlan:
+class Batches:
+    """Micro-batches of given examples.
+
+    Args:
+        dataset: The examples.
+        share_prefixes: Have in a micro-batch once what its documents begin with in common.
+        threads: Documents are shared out over parts that use so many together.
+    """
+
+    dataset: Dataset
+    share_prefixes: bool = field(default=False, kw_only=True)
+    threads: int = field(default=1, kw_only=True)
+
+    def batch_of(self, rows: Sequence[int]) -> Batch:
+        """The micro-batch of these examples, by their indices."""
+        order, segments = self.arranged(rows)
+        whole = make_batch(self.dataset, order, segments)
+        shares = shared_out(segments, self.threads)
+        if len(shares) == 1:
+            return whole
+        arranged = (self.arranged([order[place] for place in share]) for share in shares)
+        parts = (make_batch(self.dataset, *some) for some in arranged)
+        return evolve(whole, parts=tuple(evolve(part, together=len(shares)) for part in parts))
+
+    def arranged(self, rows: Sequence[int]) -> tuple[Sequence[int], Sequence[Segments]]:
+        """The examples of a micro-batch in the order in which they lie there, and where each one's
+        tokens lie."""
+        documents = [self.dataset.examples[index].ids for index in rows]
+        if not self.share_prefixes:
+            return rows, apart([len(document) for document in documents])
+        order, segments = arranged(documents)
+        return [rows[place] for place in order], segments
+
+
+@define
+class BatchPlan(Batches):
     """Which examples each micro-batch of an epoch holds.
 
     Args:
@@ -106,20 +141,17 @@ class BatchPlan:
         packed_length: Fill each row with whole examples up to so many tokens; 0 means one
             example a row.
         shuffle: A new order each epoch, or the file's.
-        share_prefixes: Have in a micro-batch once what its documents begin with in common.
-        threads: Documents are shared out over parts that use so many together.
+        share_prefixes: As of `Batches`.
+        threads: Likewise.
         join_limits: Tokens, and trained ones, that micro-batches of an optimizer step may have
             together to be computed as one.
     """
 
-    dataset: Dataset
     seed: int
     batch_size: int
     window: int
     packed_length: int
     shuffle: bool
-    share_prefixes: bool = False
-    threads: int = 1
     join_limits: tuple[int, int] = (0, 0)
     _ends: dict[int, int] = field(factory=dict)
 
@@ -153,7 +185,7 @@ class BatchPlan:
             cursor += len(group)
             if following is None:
                 self._ends[epoch] = cursor
-            yield [self._batch(rows, count) for rows, count in self._joined(group)]
+            yield [evolve(self.batch_of(rows), joined=count) for rows, count in self._joined(group)]
 
     def _joined(self, window: Sequence[tuple[int, ...]]) -> Iterator[tuple[tuple[int, ...], int]]:
         """The micro-batches of an optimizer step, and how many are joined in each.
@@ -174,25 +206,6 @@ class BatchPlan:
                 tokens, trained = sum(map(len, examples)), sum(e.targets for e in examples)
             rows, count = (*rows, *more), count + 1
         yield rows, count
-
-    def _batch(self, rows: Sequence[int], joined: int) -> Batch:
-        order, segments = self.arranged(rows)
-        whole = evolve(make_batch(self.dataset, order, segments), joined=joined)
-        shares = shared_out(segments, self.threads)
-        if len(shares) == 1:
-            return whole
-        arranged = (self.arranged([order[place] for place in share]) for share in shares)
-        parts = (make_batch(self.dataset, *some) for some in arranged)
-        return evolve(whole, parts=tuple(evolve(part, together=len(shares)) for part in parts))
-
-    def arranged(self, rows: Sequence[int]) -> tuple[Sequence[int], Sequence[Segments]]:
-        """The examples of a micro-batch in the order in which they lie there, and where each one's
-        tokens lie."""
-        documents = [self.dataset.examples[index].ids for index in rows]
-        if not self.share_prefixes:
-            return rows, apart([len(document) for document in documents])
-        order, segments = arranged(documents)
-        return [rows[place] for place in order], segments
 
     def is_over(self, epoch: int, cursor: int) -> bool:
         """Whether micro-batch `cursor` is behind the epoch's last, as the windows before it were

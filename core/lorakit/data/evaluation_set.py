@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
-from attrs import evolve, frozen
+from attrs import define, evolve
 
 from lorakit.catalog import Catalog
-from lorakit.data.batches import pack
+from lorakit.data.batches import Batches, pack
 from lorakit.data.dataset import Dataset, Report, load_dataset
 from lorakit.data.files import TRAIN, of_section
 from lorakit.data.tokenizer import Tokenizer
@@ -22,25 +22,26 @@ if TYPE_CHECKING:
     from lorakit.recipes import Recipe
 
 
-@frozen
-class EvaluationSet:
-    """What a run is evaluated over.
+@define
+class EvaluationSet(Batches):
+    """What a model is evaluated over.
 
     Attributes:
         dataset: Its examples.
         micro_batches: The examples' indices in each.
     """
 
-    dataset: Dataset
     micro_batches: tuple[tuple[int, ...], ...]
 
     @classmethod
-    def packed(cls, dataset: Dataset, tokens: int) -> EvaluationSet:
+    def packed(
+        cls, dataset: Dataset, tokens: int, *, share_prefixes: bool = False
+    ) -> EvaluationSet:
         """In micro-batches of whole examples of up to so many tokens together; a longer example
         is alone in its own."""
         lengths = [len(example) for example in dataset.examples]
         rows = pack(range(len(lengths)), lengths, max(tokens, *lengths))
-        return cls(dataset, tuple(rows))
+        return cls(dataset, tuple(rows), share_prefixes=share_prefixes)
 
 
 def load_datasets(

@@ -60,9 +60,9 @@ def set_fused(on: bool) -> bool:
 
 
 def fused_now() -> bool:
-    """Whether a backward pass that keeps little is wanted: not where nothing is kept anyway, nor
-    under a compiler, which fuses on its own."""
-    return _switch["on"] and torch.is_grad_enabled() and not torch.compiler.is_compiling()
+    """Whether the fast path is wanted, which without gradients keeps nothing: not under a compiler,
+    which fuses on its own."""
+    return _switch["on"] and not torch.compiler.is_compiling()
 
 
 def low_rank_of(linear: nn.Module) -> LowRank | None:
