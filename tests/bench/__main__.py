@@ -49,6 +49,9 @@ def measure(part: str, inputs: Inputs, steps: int, file: Path) -> None:
             run = variant.make()
         except RunFailed as failure:
             run = {"failed": str(failure)}
+        before = found["runs"].get(variant.name)
+        if before is not None:
+            run = results.pooled(before, run)
         found["runs"][variant.name] = {"part": part, "order": len(found["runs"]), **run}
         found["sittings"][part]["seconds"] = time.perf_counter() - began
         results.save(found, file)

@@ -81,16 +81,21 @@ def against_peers(inputs: Inputs, steps: int, results: Mapping[str, Any]) -> Ite
 
     packing = ["--packed", "--length", "512"]
     off = ["--checkpointing", "off"]
-    yield Variant("TRL, padded batches of 4", trl())
-    yield Variant("TRL, padded batches of 4, checkpointing off", trl(*off))
-    yield Variant("TRL, packed 4 x 512", trl(*packing))
-    yield Variant("TRL, packed 4 x 512, checkpointing off", trl(*packing, *off))
-    yield Variant(
-        "HF loop, padded batches of 4",
-        lambda: train_peer("hf_loop.py", inputs, steps=steps, options=["--rows", str(rows)]),
-    )
+    peers = [
+        Variant("TRL, padded batches of 4", trl()),
+        Variant("TRL, padded batches of 4, checkpointing off", trl(*off)),
+        Variant("TRL, packed 4 x 512", trl(*packing)),
+        Variant("TRL, packed 4 x 512, checkpointing off", trl(*packing, *off)),
+        Variant(
+            "HF loop, padded batches of 4",
+            lambda: train_peer("hf_loop.py", inputs, steps=steps, options=["--rows", str(rows)]),
+        ),
+    ]
+    yield from peers
     for name, setting in CANDIDATES.items():
         yield Variant(name, lambda s=setting: train_lorakit(s, inputs, rows=rows, steps=steps))
+    # Before and after: the machine's speed changes.
+    yield from peers
 
 
 def against_the_limit(inputs: Inputs, steps: int, results: Mapping[str, Any]) -> Iterator[Variant]:
@@ -103,9 +108,10 @@ def against_the_limit(inputs: Inputs, steps: int, results: Mapping[str, Any]) ->
 def quantized(inputs: Inputs, steps: int, results: Mapping[str, Any]) -> Iterator[Variant]:
     rows = inputs.rows()
     options = ["--rows", str(rows), "--nf4"]
-    yield Variant(
+    peer = Variant(
         QLORA[0].peer, lambda: train_peer("trl_sft.py", inputs, steps=steps, options=options)
     )
+    yield peer
     # A weight is dequantized once a micro-batch, however long that is.
     for name, setting in CANDIDATES.items():
         short, nf4 = name.removeprefix(CANDIDATE), setting.but(quantization="nf4")
@@ -114,6 +120,7 @@ def quantized(inputs: Inputs, steps: int, results: Mapping[str, Any]) -> Iterato
                 f"{QLORA[0].ours}: {short}",
                 lambda s=nf4: train_lorakit(s, inputs, rows=rows, steps=steps),
             )
+    yield peer
 
 
 def long_context(inputs: Inputs, steps: int, results: Mapping[str, Any]) -> Iterator[Variant]:

@@ -84,6 +84,16 @@ def peer_versions(python: Path) -> dict[str, str]:
     return found
 
 
+def pooled(run: Mapping[str, Any], again: Mapping[str, Any]) -> dict[str, Any]:
+    """Two runs of one thing: the counted steps of both, and the higher peak; of a run that failed,
+    nothing."""
+    if "failed" in run or "failed" in again:
+        return dict(again if "failed" in run else run)
+    counted = again["steps"][WARM_UP:]
+    peak = max(run["peak_bytes"], again["peak_bytes"])
+    return {**run, "steps": [*run["steps"], *counted], "peak_bytes": peak}
+
+
 # ---------------------------------------------------------------- figures of a run
 
 

@@ -131,3 +131,12 @@ def test_the_commands_of_the_page_are_there():
         assert file.is_dir() or file.with_suffix(".py").is_file(), module
         if file.is_dir():
             parser().parse_args(arguments.split())
+
+
+def test_two_runs_of_a_peer_count_as_one():
+    fast, slow = run("peers", 0, 10.0, 5.0), run("peers", 7, 20.0, 6.0)
+    both = results.pooled(fast, slow)
+    assert sorted(results.rates(both)) == sorted([*results.rates(fast), *results.rates(slow)])
+    assert (both["peak_bytes"], both["order"]) == (6e9, 0)
+    failed = {"failed": "killed"}
+    assert results.pooled(failed, slow) == slow == results.pooled(slow, failed)
