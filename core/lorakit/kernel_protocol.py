@@ -86,8 +86,8 @@ class Kernels(Protocol):
             dout: `[T, N]`.
             x: As given to `adapt`, as are `weight`, `down`, `up` and `scale`.
             low: What that returned.
-            dx: Where x's gradient is written to, or added to where `add`; None where nobody needs
-                it.
+            dx: `[T, K]`, where x's gradient is written to, or added to where `add`; None where
+                nobody needs it.
             add: Whether dx holds anything yet.
             ratio: `[N]`, contiguous; None for nothing (DoRA's m / ||W + s B A||).
         """

@@ -204,8 +204,9 @@ class TrainingOptions:
             needs them.  On CUDA; elsewhere they are there already.
         compile: Run each block through torch.compile.
         share_prefixes: Compute once what documents of a micro-batch begin with in common.
-        join_micro_batches: Compute micro-batches of an optimizer step as one, as long as they have
-            no more tokens together than the run's largest one.
+        join_micro_batches: Compute micro-batches of an optimizer step that follow each other as
+            one, as long as they have no more tokens together, nor trained ones, than the run's
+            largest.
         kernels: What computes the fp32 products on a CPU: `torch`, or kernels that a plugin brings,
             by name; `auto` takes those of a plugin where the processor has what they need.
         fused: Hand-written backward passes that keep little; false computes the same by plain

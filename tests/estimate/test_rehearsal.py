@@ -267,6 +267,9 @@ class TakesBF16:
     def multiplies(self, rows: int, weight: torch.Tensor) -> bool:
         return weight.dtype == torch.bfloat16
 
+    def adapts(self, rows: int, dtype: torch.dtype) -> bool:
+        return False
+
     def attends(self, q: torch.Tensor, k: torch.Tensor) -> bool:
         return False
 
@@ -299,3 +302,19 @@ def test_products_that_kernels_leave_to_torch_take_its_memory(
     assert peak._has_wide_products_by_torch(model)
     monkeypatch.setattr(matmul, "_kernels", [TakesBF16()])
     assert peak._has_wide_products_by_torch(model) is (name == "fp32")
+
+
+def test_any_micro_batch_may_be_computed_in_parts(
+    rehearse: Callable[..., Rehearsal], monkeypatch: pytest.MonkeyPatch
+):
+    """Where the largest is one document, and smaller ones are joined, each part has its memory."""
+    monkeypatch.setattr("lorakit.estimate.rehearsal.document_threads", lambda *_: 2)
+    monkeypatch.setattr("lorakit.data.shares.SMALLEST", 32)
+    whole = MicroBatch((64,), 64)
+    alone = rehearse().step(whole)
+    steps = {"gradient_accumulation_steps": 4}
+    joined = rehearse(training=steps).step(whole)
+    apart = rehearse(training={**steps, "join_micro_batches": False}).step(whole)
+    assert alone.buffers == apart.buffers
+    assert joined.buffers == 2 * alone.buffers
+    assert joined.parts == 1

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from lorakit.loss import batch_loss
-from lorakit.modules import blockwise, matmul
+from lorakit.modules import blockwise, matmul, projections
 from lorakit.modules.flash import has_flash
 from lorakit.modules.low_rank import plain_path
 
@@ -45,19 +45,51 @@ def test_equal_where_products_are_by_onednn(
 
 
 @pytest.mark.usefixtures("kernels")
-@pytest.mark.parametrize("adapter", ["lora", "dora_dropout"])
+@pytest.mark.parametrize("adapter", ["lora", "dora", "dora_dropout"])
 def test_equal_where_products_are_by_kernels(model_type, adapter, make_model, assert_paths_agree):
     assert_paths_agree(make_model(model_type, adapter))
 
 
 @pytest.mark.usefixtures("kernels")
-def test_equal_without_gradients(model_type, make_model, make_batch):
+def test_equal_without_gradients(model_type, make_model, make_batch, monkeypatch):
     """As a run is evaluated."""
     model, batch = make_model(model_type, "dora_dropout").eval(), make_batch()
+    asked = []
+    real = projections.forward_products
+    monkeypatch.setattr(
+        projections, "forward_products", lambda *given: asked.append(given) or real(*given)
+    )
     with torch.no_grad():
         loss = batch_loss(model, batch)
+        assert asked
         with plain_path():
             torch.testing.assert_close(loss, batch_loss(model, batch), rtol=1e-6, atol=0)
+
+
+class Turned(torch.nn.Module):
+    """A frozen layer of another package, whose `dequantize` gives a view of what it keeps."""
+
+    def __init__(self, linear: torch.nn.Linear) -> None:
+        super().__init__()
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.register_buffer("turned", linear.weight.detach().t().contiguous())
+        self.bias = linear.bias
+
+    def dequantize(self) -> torch.Tensor:
+        return self.turned.t()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.linear(x, self.dequantize(), self.bias)
+
+
+@pytest.mark.usefixtures("kernels")
+def test_equal_where_weights_are_turned(make_model, assert_paths_agree):
+    model = make_model("llama", "lora")
+    layers = [layer for layer in model.modules() if hasattr(layer, "lora_A")]
+    for layer in layers:
+        layer.base = Turned(layer.base)
+    assert layers
+    assert_paths_agree(model)
 
 
 @pytest.mark.parametrize("adapter", ["lora", "dora_dropout"])

@@ -51,6 +51,21 @@ def loss_in_double(path: Path, file: Path) -> tuple[float, int]:
 # ---------------------------------------------------------------- what it computes
 
 
+def test_it_is_computed_as_training_is(evaluated_recipe, monkeypatch):
+    """In as many threads, and what rows begin with in common once."""
+    seen = []
+    real = evaluation.mean_loss
+
+    def watched(model, rows, *others):
+        seen.append((rows.threads, rows.share_prefixes))
+        return real(model, rows, *others)
+
+    monkeypatch.setattr(evaluation, "mean_loss", watched)
+    monkeypatch.setattr("lorakit.assemble.document_threads", lambda *_: 2)
+    lorakit.train(evaluated_recipe())
+    assert set(seen) == {(2, True)}
+
+
 def test_eval_loss_is_that_of_lorakit_eval_and_of_float64(
     evaluated_recipe, evaluations, eval_file, checkpoint
 ):

@@ -191,7 +191,7 @@ class BatchPlan(Batches):
         """The micro-batches of an optimizer step, and how many are joined in each.
 
         A step's loss is a sum over its tokens: in which of its micro-batches one is makes no
-        difference, and each of them takes reading all weights.
+        difference (but for which inputs dropout drops), and each of them takes reading all weights.
         """
         most, most_trained = self.join_limits
         rows: tuple[int, ...] = ()

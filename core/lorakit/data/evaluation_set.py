@@ -40,8 +40,10 @@ class EvaluationSet(Batches):
         """In micro-batches of whole examples of up to so many tokens together; a longer example
         is alone in its own."""
         lengths = [len(example) for example in dataset.examples]
-        rows = pack(range(len(lengths)), lengths, max(tokens, *lengths))
-        return cls(dataset, tuple(rows), share_prefixes=share_prefixes)
+        alone = [(index,) for index, length in enumerate(lengths) if length > tokens]
+        others = (index for index, length in enumerate(lengths) if length <= tokens)
+        rows = (*pack(others, lengths, tokens), *alone)
+        return cls(dataset, rows, share_prefixes=share_prefixes)
 
 
 def load_datasets(

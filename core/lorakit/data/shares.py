@@ -46,6 +46,12 @@ def shared_out(documents: Sequence[Segments], threads: int) -> list[list[int]]:
     return [everything]
 
 
+def most_shares(tokens: int, threads: int) -> int:
+    """How many shares there are at the most of a micro-batch of so many tokens."""
+    possible = [n for n in COUNTS if threads // n and tokens // n >= SMALLEST]
+    return max(possible, default=1)
+
+
 def _tokens(documents: Sequence[Segments], share: Sequence[int]) -> int:
     """What there is to compute of some documents."""
     found = bytearray(max(parts[-1].stop for parts in documents))

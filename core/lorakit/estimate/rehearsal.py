@@ -22,7 +22,7 @@ from lorakit.arena import fakes_told
 from lorakit.base_model import BaseModel, build_on_meta, load_weights
 from lorakit.blocks import checkpoint_blocks
 from lorakit.data.batches import Batch
-from lorakit.data.shares import shared_out
+from lorakit.data.shares import most_shares, shared_out
 from lorakit.document_threads import document_threads
 from lorakit.estimate.remembered import RememberedResults
 from lorakit.estimate.storages import Event, StorageWatch
@@ -177,7 +177,7 @@ class Rehearsal:
         staying = {i for i, label in enumerate(watch.labels) if label in (DEQUANTIZED, SCRATCH)}
         events = [e for e in watch.events if e.storage not in staying]
         parts = self._parts(batch)
-        buffers = (max(weights, default=0) + scratch) * parts
+        buffers = (max(weights, default=0) + scratch) * self._most_parts(batch)
         return Step(events, watch.labels, buffers, parts, watch.in_arena)
 
     def _left_by_a_micro_batch(self) -> _Left:
@@ -207,6 +207,16 @@ class Rehearsal:
         model = cast(CausalLM, self.model)
         threads = document_threads(model, self._device, self._recipe.training)
         return len(shared_out(batch.segments or apart(batch.lengths), threads))
+
+    def _most_parts(self, batch: MicroBatch) -> int:
+        """Likewise of any of the run's, this one being the largest."""
+        recipe, training = self._recipe, self._recipe.training
+        joined = training.join_micro_batches and training.gradient_accumulation_steps > 1
+        several = joined or training.batch_size > 1 or recipe.data.options.packed
+        if not several and recipe.evaluation is None:
+            return self._parts(batch)
+        threads = document_threads(cast(CausalLM, self.model), self._device, training)
+        return max(self._parts(batch), most_shares(batch.tokens, threads))
 
     def _micro_batch(self, sizes: MicroBatch, watch: StorageWatch) -> None:
         with watch.labelled(ACTIVATIONS):

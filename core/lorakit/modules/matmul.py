@@ -50,6 +50,12 @@ def kernels_for(x: Tensor) -> Kernels | None:
     return _kernels[0]
 
 
+def kernels_for_such(x: Tensor) -> Kernels | None:
+    """The same; of a fake x, those for what it stands for."""
+    pretended = isinstance(x, FakeTensor) and x.dtype == torch.float32 and x.device.type == "cpu"
+    return kernels_in_use() if pretended else kernels_for(x)
+
+
 def multiplies_as_stored(x: Tensor, weight: Tensor) -> bool:
     """Whether products of x with a weight of another dtype are computed from it as it is; of fake
     tensors, whether they would be."""
@@ -57,8 +63,7 @@ def multiplies_as_stored(x: Tensor, weight: Tensor) -> bool:
 
 
 def _multiplying(x: Tensor, weight: Tensor) -> Kernels | None:
-    pretended = isinstance(x, FakeTensor) and x.dtype == torch.float32 and x.device.type == "cpu"
-    kernels = kernels_in_use() if pretended else kernels_for(x)
+    kernels = kernels_for_such(x)
     if kernels is None or weight.device.type != "cpu" or weight.stride(-1) != 1:
         return None
     return kernels if kernels.multiplies(len(x), weight) else None

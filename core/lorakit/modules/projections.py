@@ -16,6 +16,7 @@ from typing import Any, cast
 import torch
 from attrs import frozen
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd.function import once_differentiable
 
 from lorakit.arena import empty
@@ -24,7 +25,7 @@ from lorakit.modules.low_rank import LowRank, low_ranks_of, trained
 from lorakit.modules.matmul import (
     add_times,
     in_rows,
-    kernels_for,
+    kernels_for_such,
     times,
     times_transposed,
     transposed_times,
@@ -119,14 +120,29 @@ def _together(parts: Sequence[LowRank], dropped: Sequence[Tensor | None]) -> boo
 def _adapting(
     parts: Sequence[LowRank], x: Tensor, dropped: Sequence[Tensor | None]
 ) -> Kernels | None:
-    """What computes each of the layers in one go, its update included, if anything does."""
-    kernels = kernels_for(x)
+    """What computes each of the layers in one go, its update included, if anything does; of fake
+    tensors, what would."""
+    kernels = kernels_for_such(x)
     if kernels is None or _drops(parts, dropped):
         return None
     for part in parts:
         if part.down is None or not kernels.adapts(len(x), factor_dtype(part.base, x)):
             return None
     return kernels
+
+
+def _adapt(
+    kernels: Kernels,
+    x: Tensor,
+    weight: Tensor,
+    factors: tuple[Tensor, Tensor],
+    scale: float,
+    out: Tensor,
+) -> Tensor:
+    if isinstance(x, FakeTensor):
+        # Only what is allocated counts.
+        return x.new_empty(len(x), len(factors[0]))
+    return kernels.adapt(in_rows(x), in_rows(weight), *factors, scale, out)
 
 
 def _ranks(parts: Sequence[LowRank]) -> list[int]:
@@ -152,7 +168,7 @@ def _forward_product(
     if kernels is not None:
         y = empty((len(x), len(weight)), x)
         down, up = (factor.contiguous() for factor in _factors(part, x))
-        low = kernels.adapt(in_rows(x), weight, down, up, part.scale, y)
+        low = _adapt(kernels, x, weight, (down, up), part.scale, y)
     else:
         y = times_transposed(x, weight)
         if part.down is not None:
@@ -233,13 +249,16 @@ def _backward_by_kernels(
     gradients: list[Tensor | None] = []
     for index, (part, dy) in enumerate(zip(parts, dys, strict=True)):
         low, _, y, ratio = kept[KEPT * index : KEPT * (index + 1)]
-        weight = factor_of(part.base, dy)
+        weight = in_rows(factor_of(part.base, dy))
         down, up = (factor.contiguous() for factor in _factors(part, x))
         assert low is not None
-        d_down, d_up = kernels.adapt_backward(
-            in_rows(dy), in_rows(x), low, weight, down, up, part.scale, dx,
-            add=index > 0, ratio=ratio,
-        )  # fmt: skip
+        if isinstance(x, FakeTensor):
+            d_down, d_up = torch.empty_like(down), torch.empty_like(up)
+        else:
+            d_down, d_up = kernels.adapt_backward(
+                in_rows(dy), in_rows(x), low, weight, down, up, part.scale, dx,
+                add=index > 0, ratio=ratio,
+            )  # fmt: skip
         of_factors = [
             gradient.to(factor.dtype)
             for gradient, factor in zip((d_down, d_up), (part.down, part.up), strict=True)

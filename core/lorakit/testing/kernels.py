@@ -44,8 +44,10 @@ def check_kernels(record: KernelLibrary) -> None:
         _check_product(kernels, torch.randn(rows, inner), torch.randn(columns, inner))
     wide = torch.randn(65, 128)
     _check_product(kernels, wide, torch.randn(64, 128).bfloat16())
-    for rank, weight in product((1, 8, 70), (wide[:, :60].t(), torch.randn(70, 65).bfloat16())):
-        _check_adapted(kernels, weight.contiguous(), rank)
+    for rank, weight in product((1, 8, 70), (torch.randn(60, 65), torch.randn(70, 65).bfloat16())):
+        _check_adapted(kernels, weight, rank, rows=67)
+    # A part of a larger weight, and more of everything than kernels take at a time.
+    _check_adapted(kernels, torch.randn(650, 703).bfloat16()[:, :700], 12, rows=400)
     g, u, dout = torch.randn(3, 65, 130).mul_(4).unbind()
     if kernels.gates(g):
         _check_gate(kernels, g, u, dout)
@@ -85,10 +87,10 @@ def _check_product(kernels: Kernels, x: Tensor, weight: Tensor) -> None:
             ensure(torch.equal(*results), f"{how}: depends on the number of threads")
 
 
-def _check_adapted(kernels: Kernels, weight: Tensor, rank: int) -> None:
+def _check_adapted(kernels: Kernels, weight: Tensor, rank: int, rows: int) -> None:
     """Layers `[N, K]` with an update."""
     outputs, inputs = weight.shape
-    rows, scale = 67, 0.5
+    scale = 0.5
     if not kernels.adapts(rows, weight.dtype):
         return
     down, up = torch.randn(rank, inputs), torch.randn(outputs, rank)

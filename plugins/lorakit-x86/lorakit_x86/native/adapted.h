@@ -15,8 +15,8 @@ typedef struct {
 
 /* low = scale x A^T [rows, rank], and out = x W^T + low B^T, without the ratio.  Returns 0, or 1 where
    there is not memory enough. */
-int adapt(const adapted *layer, const float *x, long x_stride, float *out, long out_stride, float *low,
-          multiply_fn units, unsigned threads, parallel_fn parallel);
+int adapt(const adapted *layer, const float *x, long x_stride, float *out, long out_stride,
+          float *low, multiply_fn units, unsigned threads, parallel_fn parallel);
 
 /* Given the gradient of out times the ratio, and low as `adapt` made it: those of A and of B, and that of x, which is
    added to what dx holds if `add`; none, if dx is NULL.  d_low [rows, rank] is memory to work in. */
