@@ -126,7 +126,6 @@ def assemble(
     if recipe.training.join_micro_batches:
         # No more than the largest by itself: the memory of a run stays what it is.
         plan.join_limits = largest.tokens, largest.trained
-    evaluation = _evaluation_set(evaluated, largest.tokens, plan) if evaluated else None
     training = _with_mode(recipe, base, largest, device, precision).training
     if check_memory:
         from lorakit.estimate.check import check_that_it_fits
@@ -149,6 +148,7 @@ def assemble(
         load_start(base.model, adapted, adapter.record, adapter.options, recipe.catalog)
     base.model.train()
     plan.threads = document_threads(base.causal_lm, device, training)
+    evaluation = _evaluation_set(evaluated, largest.tokens, plan) if evaluated else None
     offload = _arrange_blocks(base.causal_lm, training, device)
     set_fused(training.fused)
     total = sum(1 for _ in plan.first_windows(training.epochs, training.max_steps))
@@ -203,8 +203,9 @@ def _check_ids(dataset: Dataset, vocabulary: int, path: str) -> None:
 
 def _evaluation_set(dataset: Dataset, tokens: int, plan: BatchPlan) -> EvaluationSet:
     """As much at a time as training takes: no more memory, for lack of a backward pass."""
-    shared = plan.share_prefixes
-    return EvaluationSet.packed(dataset, tokens, share_prefixes=shared)
+    return EvaluationSet.packed(
+        dataset, tokens, share_prefixes=plan.share_prefixes, threads=plan.threads
+    )
 
 
 def batch_plan(recipe: Recipe, dataset: Dataset, model: nn.Module) -> BatchPlan:

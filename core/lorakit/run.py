@@ -202,7 +202,6 @@ def _evaluation(
     options = run.recipe.evaluation
     if options is None or run.evaluation is None:
         return None
-    run.evaluation.threads = run.plan.threads
     return Evaluation(
         run.base.model,
         run.evaluation,

@@ -231,9 +231,12 @@ def evaluate(trained: Trained, data: str, form_name: str | None = None) -> Score
         setting="--format {}",
     )
     model = cast(CausalLM, trained.model)
-    shared = getattr(model, "shares_prefixes", False)
-    rows = EvaluationSet.packed(dataset, TOKENS_AT_ONCE, share_prefixes=shared)
-    rows.threads = document_threads(model, trained.device, TrainingOptions())
+    rows = EvaluationSet.packed(
+        dataset,
+        TOKENS_AT_ONCE,
+        share_prefixes=getattr(model, "shares_prefixes", False),
+        threads=document_threads(model, trained.device, TrainingOptions()),
+    )
     total, count = 0.0, 0
     with progress.task("evaluating", len(dataset.examples), unit="rows") as task:
         for indices in rows.micro_batches:

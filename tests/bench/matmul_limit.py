@@ -7,7 +7,8 @@ same batches.  Timed are, at the shapes, layer by layer and with the weights of 
 
     linear layers   x W^T; backward dy W, where the input needs a gradient
     low-rank        x A^T and (x A^T) B^T; backward dy B, (x A^T)^T dy, (dy B)^T x and (dy B) A;
-                    those with x and A once for all layers that share x
+                    those with x and A once for all layers that share x, but by kernels that make
+                    a layer with its update in one go
     attention       q k^T and p v for each document, as whole squares; backward the four of
                     their gradients (two of them by MKL: oneDNN has no faster way)
     head            h W^T for the trained tokens, in the chunks of the loss; backward dz W

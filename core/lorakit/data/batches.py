@@ -198,13 +198,12 @@ class BatchPlan(Batches):
         tokens = trained = count = 0
         for more in window:
             examples = [self.dataset.examples[index] for index in more]
-            tokens += sum(map(len, examples))
-            trained += sum(example.targets for example in examples)
-            if count and (tokens > most or trained > most_trained):
+            size, targets = sum(map(len, examples)), sum(e.targets for e in examples)
+            if count and (tokens + size > most or trained + targets > most_trained):
                 yield rows, count
-                rows, count = (), 0
-                tokens, trained = sum(map(len, examples)), sum(e.targets for e in examples)
+                rows, tokens, trained, count = (), 0, 0, 0
             rows, count = (*rows, *more), count + 1
+            tokens, trained = tokens + size, trained + targets
         yield rows, count
 
     def is_over(self, epoch: int, cursor: int) -> bool:

@@ -35,7 +35,7 @@ class EvaluationSet(Batches):
 
     @classmethod
     def packed(
-        cls, dataset: Dataset, tokens: int, *, share_prefixes: bool = False
+        cls, dataset: Dataset, tokens: int, *, share_prefixes: bool = False, threads: int = 1
     ) -> EvaluationSet:
         """In micro-batches of whole examples of up to so many tokens together; a longer example
         is alone in its own."""
@@ -43,7 +43,7 @@ class EvaluationSet(Batches):
         alone = [(index,) for index, length in enumerate(lengths) if length > tokens]
         others = (index for index, length in enumerate(lengths) if length <= tokens)
         rows = (*pack(others, lengths, tokens), *alone)
-        return cls(dataset, rows, share_prefixes=share_prefixes)
+        return cls(dataset, rows, share_prefixes=share_prefixes, threads=threads)
 
 
 def load_datasets(

@@ -23,11 +23,13 @@ def multiply(
     parallel: int,
     /,
 ) -> None: ...
-def adapt(*arguments: float) -> None:
-    """Units; x and out, each with its stride; low; then the layer: its weight, its stride and
-    whether it is bf16; down, up, ratio, scale; rows, inputs, outputs, rank; threads, parallel."""
+def adapt(*arguments: float | tuple[float, ...]) -> None:
+    """Units; x and out, each with its stride; low; the layer; threads, parallel.
 
-def adapt_backward(*arguments: float) -> None:
+    A layer is a tuple: its weight, the stride and whether it is bf16; down, up, ratio, scale; rows,
+    inputs, outputs, rank."""
+
+def adapt_backward(*arguments: float | tuple[float, ...]) -> None:
     """Units; dout and x, each with its stride; low, d_low; dx and its stride, add; d_down, d_up;
     the layer, as above; threads, parallel."""
 

@@ -78,7 +78,7 @@ class AVX512Kernels:
     ) -> Tensor:
         low = x.new_empty(len(x), len(down))
         layer = _layer(x, weight, down, up, None, scale)
-        self.native.adapt(self.units, *_places(x, out), low.data_ptr(), *layer, *_threads())
+        self.native.adapt(self.units, *_places(x, out), low.data_ptr(), layer, *_threads())
         return low
 
     def adapt_backward(
@@ -105,7 +105,7 @@ class AVX512Kernels:
             add,
             d_down.data_ptr(),
             d_up.data_ptr(),
-            *_layer(x, weight, down, up, ratio, scale),
+            _layer(x, weight, down, up, ratio, scale),
             *_threads(),
         )
         return d_down, d_up

@@ -88,21 +88,32 @@ static PyObject *py_multiply(PyObject *self, PyObject *args) {
   Py_RETURN_NONE;
 }
 
+static int parse_layer(PyObject *given, adapted *layer) {
+  address weight, down, up, ratio;
+  long stride;
+  int bf16;
+  if (!PyArg_ParseTuple(given, "KlpKKKfllll", &weight, &stride, &bf16, &down, &up, &ratio,
+                        &layer->scale, &layer->rows, &layer->inputs, &layer->outputs, &layer->rank))
+    return 0;
+  layer->weight = (matrix){numbers_at(weight), stride, bf16};
+  layer->down = numbers_at(down);
+  layer->up = numbers_at(up);
+  layer->ratio = numbers_at(ratio);
+  return 1;
+}
+
 static PyObject *py_adapt(PyObject *self, PyObject *args) {
   (void)self;
-  address x, out, low, weight, down, up, ratio, parallel;
-  long x_stride, out_stride, weight_stride;
+  address x, out, low, parallel;
+  long x_stride, out_stride;
+  PyObject *given;
   adapted layer;
-  int units, bf16, failed;
+  int units, failed;
   unsigned threads;
-  if (!PyArg_ParseTuple(args, "iKlKlKKlpKKKfllllIK", &units, &x, &x_stride, &out, &out_stride, &low,
-                        &weight, &weight_stride, &bf16, &down, &up, &ratio, &layer.scale,
-                        &layer.rows, &layer.inputs, &layer.outputs, &layer.rank, &threads, &parallel))
+  if (!PyArg_ParseTuple(args, "iKlKlKO!IK", &units, &x, &x_stride, &out, &out_stride, &low,
+                        &PyTuple_Type, &given, &threads, &parallel) ||
+      !parse_layer(given, &layer))
     return NULL;
-  layer.weight = (matrix){numbers_at(weight), weight_stride, bf16};
-  layer.down = numbers_at(down);
-  layer.up = numbers_at(up);
-  layer.ratio = numbers_at(ratio);
   Py_BEGIN_ALLOW_THREADS;
   failed = adapt(&layer, numbers_at(x), x_stride, numbers_at(out), out_stride, numbers_at(low),
                  kernels[units].multiply, threads, (parallel_fn)(uintptr_t)parallel);
@@ -113,20 +124,17 @@ static PyObject *py_adapt(PyObject *self, PyObject *args) {
 
 static PyObject *py_adapt_backward(PyObject *self, PyObject *args) {
   (void)self;
-  address dout, x, low, d_low, dx, d_down, d_up, weight, down, up, ratio, parallel;
-  long dout_stride, x_stride, dx_stride, weight_stride;
+  address dout, x, low, d_low, dx, d_down, d_up, parallel;
+  long dout_stride, x_stride, dx_stride;
+  PyObject *given;
   adapted layer;
-  int units, bf16, add, failed;
+  int units, add, failed;
   unsigned threads;
-  if (!PyArg_ParseTuple(args, "iKlKlKKKlpKKKlpKKKfllllIK", &units, &dout, &dout_stride, &x, &x_stride,
-                        &low, &d_low, &dx, &dx_stride, &add, &d_down, &d_up, &weight, &weight_stride,
-                        &bf16, &down, &up, &ratio, &layer.scale, &layer.rows, &layer.inputs,
-                        &layer.outputs, &layer.rank, &threads, &parallel))
+  if (!PyArg_ParseTuple(args, "iKlKlKKKlpKKO!IK", &units, &dout, &dout_stride, &x, &x_stride, &low,
+                        &d_low, &dx, &dx_stride, &add, &d_down, &d_up, &PyTuple_Type, &given,
+                        &threads, &parallel) ||
+      !parse_layer(given, &layer))
     return NULL;
-  layer.weight = (matrix){numbers_at(weight), weight_stride, bf16};
-  layer.down = numbers_at(down);
-  layer.up = numbers_at(up);
-  layer.ratio = numbers_at(ratio);
   Py_BEGIN_ALLOW_THREADS;
   failed = adapt_backward(&layer, numbers_at(dout), dout_stride, numbers_at(x), x_stride,
                           numbers_at(low), numbers_at(d_low), numbers_at(dx), dx_stride, add,
