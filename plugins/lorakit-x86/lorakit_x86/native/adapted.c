@@ -143,7 +143,7 @@ static void shared(void (*function)(void *), void *data, unsigned threads, paral
 }
 
 int adapt(const adapted *layer, const float *x, long x_stride, float *out, long out_stride, float *low,
-          multiply_fn units, unsigned threads, parallel_fn parallel) {
+          const multiply_units *units, unsigned threads, parallel_fn parallel) {
   along_rows thin = {
       .x = x, .x_stride = x_stride, .w = layer->down, .rows = layer->rows, .inner = layer->inputs,
       .rank = layer->rank, .scale = layer->scale, .out = low,
@@ -160,7 +160,7 @@ int adapt(const adapted *layer, const float *x, long x_stride, float *out, long 
 
 int adapt_backward(const adapted *layer, const float *dout, long dout_stride, const float *x,
                    long x_stride, const float *low, float *d_low, float *dx, long dx_stride, int add,
-                   float *d_down, float *d_up, multiply_fn units, unsigned threads,
+                   float *d_down, float *d_up, const multiply_units *units, unsigned threads,
                    parallel_fn parallel) {
   const long rank = layer->rank, inputs = layer->inputs, outputs = layer->outputs;
   const float *ratio = layer->ratio;

@@ -16,13 +16,13 @@ typedef struct {
 /* low = scale x A^T [rows, rank], and out = x W^T + low B^T, without the ratio.  Returns 0, or 1 where
    there is not memory enough. */
 int adapt(const adapted *layer, const float *x, long x_stride, float *out, long out_stride,
-          float *low, multiply_fn units, unsigned threads, parallel_fn parallel);
+          float *low, const multiply_units *units, unsigned threads, parallel_fn parallel);
 
 /* Given the gradient of out times the ratio, and low as `adapt` made it: those of A and of B, and that of x, which is
    added to what dx holds if `add`; none, if dx is NULL.  d_low [rows, rank] is memory to work in. */
 int adapt_backward(const adapted *layer, const float *dout, long dout_stride, const float *x,
                    long x_stride, const float *low, float *d_low, float *dx, long dx_stride, int add,
-                   float *d_down, float *d_up, multiply_fn units, unsigned threads,
+                   float *d_down, float *d_up, const multiply_units *units, unsigned threads,
                    parallel_fn parallel);
 
 #endif

@@ -22,10 +22,10 @@ enum units { ON_AVX512, ON_AMX };
 
 static const struct {
   const struct attention *attention;
-  multiply_fn multiply;
+  const multiply_units *multiply;
 } kernels[] = {
-    [ON_AVX512] = {&attention_on_avx512, multiply_on_avx512},
-    [ON_AMX] = {&attention_on_amx, multiply_on_amx},
+    [ON_AVX512] = {&attention_on_avx512, &multiply_on_avx512},
+    [ON_AMX] = {&attention_on_amx, &multiply_on_amx},
 };
 
 /* Why units cannot be used here, or NULL.  Of AMX, asks the kernel for the tiles' registers. */

@@ -8,9 +8,6 @@
 #include <stdatomic.h>
 #include <stdlib.h>
 
-/* Shares are multiples of it, so that blocks are whole in all but the last. */
-enum { MULTIPLE = 64 };
-
 static pthread_key_t own_memory;
 static pthread_once_t own_memory_once = PTHREAD_ONCE_INIT;
 
@@ -32,7 +29,7 @@ void *kept(long bytes) {
 /* The product cut along its rows or its columns, a share for each thread. */
 typedef struct {
   const product *whole;
-  multiply_fn units;
+  const multiply_units *units;
   long shares;
   atomic_long next;
   atomic_int failed;
@@ -55,18 +52,19 @@ static void multiply_shares(void *data) {
     /* W is copied by each share of the rows, x by each of the columns: the smaller of them. */
     const int by_rows = p.rows > p.columns;
     const long count = by_rows ? p.rows : p.columns;
-    const long each = round_up(divided_up(count, all->shares), MULTIPLE), start = i * each;
+    /* Blocks are whole in all but the last. */
+    const long each = round_up(divided_up(count, all->shares), all->units->block), start = i * each;
     if (start >= count) continue;
     const long size = smaller(count - start, each);
     p.out += by_rows ? start * p.out_stride : start;
     *(by_rows ? &p.rows : &p.columns) = size;
     take_share(&p.first, by_rows, p.transposed, start);
     take_share(&p.more, by_rows, p.transposed, start);
-    if (all->units(&p)) atomic_store(&all->failed, 1);
+    if (all->units->multiply(&p)) atomic_store(&all->failed, 1);
   }
 }
 
-int multiply(const product *p, multiply_fn units, unsigned threads, parallel_fn parallel) {
+int multiply(const product *p, const multiply_units *units, unsigned threads, parallel_fn parallel) {
   work all = {.whole = p, .units = units, .shares = threads > 1 && parallel ? (long)threads : 1};
   if (all.shares > 1)
     parallel(multiply_shares, &all, threads, 0);

@@ -33,14 +33,18 @@ typedef struct {
   int add;
 } product;
 
-/* Computes a product in the calling thread.  Returns 0, or 1 where there is not memory enough. */
-typedef int (*multiply_fn)(const product *p);
+/* What computes products. */
+typedef struct {
+  /* In the calling thread.  Returns 0, or 1 where there is not memory enough. */
+  int (*multiply)(const product *p);
+  /* Columns are made so many at a time. */
+  long block;
+} multiply_units;
 
-int multiply_on_amx(const product *p);
-int multiply_on_avx512(const product *p);
+extern const multiply_units multiply_on_amx, multiply_on_avx512;
 
 /* Shares a product out over threads. */
-int multiply(const product *p, multiply_fn units, unsigned threads, parallel_fn parallel);
+int multiply(const product *p, const multiply_units *units, unsigned threads, parallel_fn parallel);
 
 /* Memory of the calling thread's own, kept from call to call until the thread ends; at a multiple of
    64.  NULL where there is not enough. */
@@ -48,13 +52,17 @@ void *kept(long bytes);
 
 #if LORAKIT_HAS_KERNELS
 
+/* bf16 numbers as fp32. */
+AVX512_INLINE __m512 widened(__m256i numbers) {
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(numbers), 16));
+}
+
 /* Of a row of W so many of 16 numbers from `at` on, and zeros. */
 AVX512_INLINE __m512 load_weight(matrix w, long row, long at, long count) {
   const long place = row * w.stride + at;
   if (!w.bf16) return load_numbers((const float *)w.values + place, count);
   const uint16_t *from = (const uint16_t *)w.values + place;
-  const __m256i upper = _mm256_maskz_loadu_epi16(first_of_16(count), from);
-  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(upper), 16));
+  return widened(_mm256_maskz_loadu_epi16(first_of_16(count), from));
 }
 
 #endif

@@ -192,7 +192,7 @@ AMX static void multiply_block(const uint16_t *x, const uint16_t *w, long steps,
   }
 }
 
-AMX int multiply_on_amx(const product *p) {
+AMX static int multiply_share(const product *p) {
   const long of_x = round_up(smaller(p->rows, ROWS), TILE_ROWS) *
                     round_up(smaller(p->first.inner, INNER), DEPTH) * PARTS;
   uint16_t *x = kept(2 * of_x + WEIGHT_BYTES);
@@ -230,7 +230,9 @@ AMX int multiply_on_amx(const product *p) {
   rest.first = p->more;
   rest.more.inner = 0;
   rest.add = 1;
-  return multiply_on_avx512(&rest);
+  return multiply_on_avx512.multiply(&rest);
 }
+
+const multiply_units multiply_on_amx = {.multiply = multiply_share, .block = WIDE};
 
 #endif
