@@ -79,7 +79,7 @@ UNITS_INLINE void splitting_step(struct work *work) {
       {_mm512_load_ps(from + AREA / 2), _mm512_load_ps(from + AREA / 2 + 16)},
   };
   element *left = own->left + at * BLOCK + i * SIDE;
-  element *right = own->right + (own->query * WIDTH + own->key) * BLOCK + i * SIDE;
+  element *right = own->right + at * BLOCK + i * SIDE;
   for (int n = 0; n < BLOCK / TILE; n++) { /* where later rows go */
     __builtin_prefetch(left + n * TILE + 4 * SIDE, 1);
     __builtin_prefetch(right + n * TILE + 4 * SIDE, 1);
@@ -98,8 +98,7 @@ struct backward {
   float *normalizer, *delta;                                   /* [query block][SIDE] */
   float *scores[2];                                            /* [query block][AREA] */
   float *dscores;                                              /* [key block][query block][AREA] */
-  element *weights_left, *dscores_left; /* [key block][query block][BLOCK] */
-  element *dscores_right;               /* [query block][key block][BLOCK] */
+  element *weights_left, *dscores_left, *dscores_right; /* [key block][query block][BLOCK] */
 };
 
 static struct backward backward_memory(char **from, long columns) {
@@ -117,8 +116,11 @@ static struct backward backward_memory(char **from, long columns) {
   memory.scores[1] = take(from, WIDTH * block);
   memory.dscores = take(from, WIDTH * WIDTH * block);
   memory.weights_left = take(from, group);
-  memory.dscores_left = take(from, group);
-  memory.dscores_right = take(from, group);
+  memory.dscores_left = memory.dscores_right = (element *)memory.dscores;
+  if (!RESULTS_ARE_FACTORS) {
+    memory.dscores_left = take(from, group);
+    memory.dscores_right = take(from, group);
+  }
   return memory;
 }
 
@@ -213,7 +215,7 @@ UNITS static void add_gradients(struct task *task, struct backward *memory, cons
   const long columns = task->columns, packed = columns * BLOCK;
   long blocks = diagonal ? queries * (queries + 1) / 2 : queries * keys->count;
   struct splitting splitting = {
-      .work = {.left = 16 * blocks, .interval = 6 * columns},
+      .work = {.left = RESULTS_ARE_FACTORS ? 0 : 16 * blocks, .interval = 6 * columns},
       .from = memory->dscores,
       .left = memory->dscores_left,
       .right = memory->dscores_right,
@@ -237,8 +239,8 @@ UNITS static void add_gradients(struct task *task, struct backward *memory, cons
     }
   for (long j = 0; j < queries; j++)
     for (long c = 0; c < columns; c++)
-      multiply(keys->k_transposed + c * BLOCK, packed, memory->dscores_right + j * WIDTH * BLOCK,
-               BLOCK, diagonal ? j + 1 : keys->count, memory->dq + (j * columns + c) * AREA,
+      multiply(keys->k_transposed + c * BLOCK, packed, memory->dscores_right + j * BLOCK,
+               WIDTH * BLOCK, diagonal ? j + 1 : keys->count, memory->dq + (j * columns + c) * AREA,
                !first_keys, NULL, NULL);
 }
 

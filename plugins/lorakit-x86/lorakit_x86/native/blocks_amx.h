@@ -25,6 +25,7 @@ typedef bf16 element; /* of a factor */
 enum {
   PART = 2 * TILE,  /* bf16 in one part of a block */
   BLOCK = 3 * PART, /* bf16 in a block */
+  RESULTS_ARE_FACTORS = 0, /* but become them in parts */
 };
 
 AMX_INLINE void begin_products(void) { configure_tiles(); }

@@ -16,7 +16,10 @@
 
 typedef float element; /* of a factor */
 
-enum { BLOCK = AREA };
+enum {
+  BLOCK = AREA,
+  RESULTS_ARE_FACTORS = 1, /* left ones and right ones, as they are */
+};
 
 AVX512_INLINE void begin_products(void) {}
 
@@ -65,9 +68,13 @@ enum { ROWS_AT_A_TIME = 8 };
 AVX512_INLINE void multiply_rows(const float *a, long a_step, const float *b, long b_step,
                                  long count, float *c, int add) {
   __m512 sums[ROWS_AT_A_TIME][2];
+#pragma GCC unroll 8
   for (int i = 0; i < ROWS_AT_A_TIME; i++)
-    for (int half = 0; half < 2; half++)
-      sums[i][half] = add ? _mm512_load_ps(c + SIDE * i + 16 * half) : _mm512_setzero_ps();
+    for (int half = 0; half < 2; half++) {
+      sums[i][half] = _mm512_setzero_ps();
+      /* Where results go: fetched while they are made. */
+      __builtin_prefetch(c + SIDE * i + 16 * half, 1);
+    }
   for (long n = 0; n < count; n++, a += a_step, b += b_step)
 #pragma GCC unroll 2
     for (int k = 0; k < SIDE; k++) {
@@ -79,9 +86,14 @@ AVX512_INLINE void multiply_rows(const float *a, long a_step, const float *b, lo
         sums[i][1] = _mm512_fmadd_ps(left, high, sums[i][1]);
       }
     }
+#pragma GCC unroll 8
   for (int i = 0; i < ROWS_AT_A_TIME; i++)
-    for (int half = 0; half < 2; half++)
-      _mm512_store_ps(c + SIDE * i + 16 * half, sums[i][half]);
+    for (int half = 0; half < 2; half++) {
+      float *to = c + SIDE * i + 16 * half;
+      __m512 sum = sums[i][half];
+      if (add) sum = _mm512_add_ps(sum, _mm512_load_ps(to));
+      _mm512_store_ps(to, sum);
+    }
 }
 
 /* c = (c if add) + the sum of `count` products of blocks, `a_step` and `b_step` apart.  Work is left
