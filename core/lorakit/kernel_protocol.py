@@ -7,9 +7,26 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Protocol
 
+from attrs import frozen
+
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
+
+
+@frozen
+class Documents:
+    """Where the tokens of a micro-batch's documents lie.
+
+    Attributes:
+        places: `[S]` int64, for each token of each document, one after the other, in which of T
+            rows it is.
+        lengths: `[N, 2]` int64, contiguous: of each document its tokens, and how many of them, the
+            last, are its own.  The others are those of documents before it.
+    """
+
+    places: Tensor
+    lengths: Tensor
 
 
 class Kernels(Protocol):
@@ -147,26 +164,35 @@ class Kernels(Protocol):
         ...
 
     def attends(self, q: Tensor, k: Tensor) -> bool:
-        """Whether `attend` is faster than torch for a document of q `[T, H, Dh]` and k
+        """Whether `attend` is faster than torch for documents of q `[T, H, Dh]` and k
         `[T, Hkv, Dh]`."""
         ...
 
     def attention_bytes(self, q: Tensor, k: Tensor) -> int:
-        """Of workspace that `attend` and `attend_backward` of such a document need; q and k may be
-        without memory."""
+        """Of workspace that `attend` and `attend_backward` need, the longest document being one of
+        q `[T, H, Dh]` and k `[T, Hkv, Dh]`, which may be without memory."""
         ...
 
     def attend(
-        self, q: Tensor, k: Tensor, v: Tensor, scale: float, out: Tensor, workspace: Tensor
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        documents: Documents,
+        scale: float,
+        out: Tensor,
+        workspace: Tensor,
     ) -> Tensor:
-        """out = softmax(scale q k^T) v, each token seeing itself and those before it.
+        """out = softmax(scale q k^T) v, each token seeing itself and those before it in its
+        document.
 
         Args:
-            q: `[T, H, Dh]`, contiguous, as are all.
+            q: `[T, H, Dh]`, a token's heads one after the other, as with all.
             k: `[T, Hkv, Dh]`; query head h sees key head h // (H / Hkv).
             v: Like k.
+            documents: Each of the T rows is some document's own.
             scale: Of the scores.
-            out: Like q.
+            out: Like q, contiguous.
             workspace: `attention_bytes` of memory, for this call only.
 
         Returns:
@@ -180,12 +206,13 @@ class Kernels(Protocol):
         q: Tensor,
         k: Tensor,
         v: Tensor,
+        documents: Documents,
         out: Tensor,
         kept: Tensor,
         scale: float,
         into: tuple[Tensor, Tensor, Tensor],
         workspace: Tensor,
     ) -> None:
-        """Writes the gradients of q, k and v to `into`, given that of out; `kept` is what `attend`
-        returned."""
+        """Writes the gradients of q, k and v to `into`, contiguous, given that of out; `kept` is
+        what `attend` returned."""
         ...

@@ -11,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from lorakit.modules.cache import KeyValueCache
 from lorakit.modules.flash import flash_documents, has_flash
+from lorakit.modules.kernel_attention import attend_by_kernels, kernels_attending
 from lorakit.modules.layout import Layout
 from lorakit.modules.low_rank import are_repeatable, fused_now
 from lorakit.modules.projections import projections
@@ -165,8 +166,12 @@ def document_attention(
         `[T, H, Dh]`.
     """
     plain = softcap is None and (window is None or max(layout.lengths) <= window)
-    if plain and len(q) == len(k) and fused_now() and has_flash(q, k):
-        return flash_documents(q, k, v, layout.segments, scale)
+    if plain and len(q) == len(k) and fused_now():
+        kernels = kernels_attending(q, k)
+        if kernels is not None:
+            return attend_by_kernels(kernels, q, k, v, layout, scale)
+        if has_flash(q, k):
+            return flash_documents(q, k, v, layout.segments, scale)
     if layout.places is not None and layout.owners is not None:
         q, k, v = (x.index_select(0, layout.places) for x in (q, k, v))
         apart = layout.derived("apart", lambda: Layout.of_lengths(layout.lengths, q.device))

@@ -3,8 +3,7 @@
 torch's scaled_dot_product_attention keeps q, k, v and its result for each document, k and v
 repeated for the query heads they serve, and joining the documents copies the results.  Called
 directly, the kernel repeats nothing, and each document's result goes to its place at once.  Where
-they are faster, a long document goes to `lorakit.modules.blockwise` instead, or any to the kernels
-that a plugin brings.
+it is faster, a long document goes to `lorakit.modules.blockwise` instead.
 """
 
 from __future__ import annotations
@@ -13,17 +12,12 @@ from collections.abc import Sequence
 from typing import Any, Protocol
 
 import torch
-from attrs import frozen
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd.function import once_differentiable
 
 from lorakit.arena import empty_like
-from lorakit.kernel_protocol import Kernels
 from lorakit.modules.blockwise import attend, attend_backward, beats_kernel
 from lorakit.modules.layout import Segments
-from lorakit.modules.matmul import kernels_for, kernels_in_use
-from lorakit.scratch import scratch
 
 _forward: Any = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", None)
 _backward: Any = getattr(
@@ -138,11 +132,6 @@ class _Way(Protocol):
 
 
 def _way_for(q: Tensor, k: Tensor) -> _Way:
-    kernels = kernels_for(q)
-    if kernels is not None and kernels.attends(q, k):
-        return _ByKernels(kernels)
-    if isinstance(q, FakeTensor) and (kernels := kernels_in_use()) and kernels.attends(q, k):
-        return _Pretended(kernels)
     return _Blockwise() if beats_kernel(q, k) else _Flash()
 
 
@@ -172,47 +161,6 @@ class _Blockwise:
         self, dout: Tensor, inputs: Inputs, outputs: Outputs, scale: float, into: Inputs
     ) -> None:
         attend_backward(dout, *inputs, scale, into)
-
-
-@frozen
-class _ByKernels:
-    kernels: Kernels
-
-    def forward(self, inputs: Inputs, scale: float, out: Tensor) -> Tensor | None:
-        q, k, v = (x.contiguous() for x in inputs)
-        return self.kernels.attend(q, k, v, scale, out, _workspace(self.kernels, q, k))
-
-    def backward(
-        self, dout: Tensor, inputs: Inputs, outputs: Outputs, scale: float, into: Inputs
-    ) -> None:
-        out, normalizer = outputs
-        assert normalizer is not None
-        dout, q, k, v = (x.contiguous() for x in (dout, *inputs))
-        workspace = _workspace(self.kernels, q, k)
-        self.kernels.attend_backward(dout, q, k, v, out, normalizer, scale, into, workspace)
-
-
-@frozen
-class _Pretended:
-    """What kernels would allocate, for whoever counts that."""
-
-    kernels: Kernels
-
-    def forward(self, inputs: Inputs, scale: float, out: Tensor) -> Tensor | None:
-        q, k, _ = (x.contiguous() for x in inputs)
-        _workspace(self.kernels, q, k)
-        return q.new_empty(q.shape[1], len(q))
-
-    def backward(
-        self, dout: Tensor, inputs: Inputs, outputs: Outputs, scale: float, into: Inputs
-    ) -> None:
-        _, q, k, _ = (x.contiguous() for x in (dout, *inputs))
-        _workspace(self.kernels, q, k)
-
-
-def _workspace(kernels: Kernels, q: Tensor, k: Tensor) -> Tensor:
-    (memory,) = scratch("attention", q, ((kernels.attention_bytes(q, k),), torch.uint8))
-    return memory
 
 
 def _joined(x: Tensor, parts: Segments) -> Tensor:

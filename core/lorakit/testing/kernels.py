@@ -12,6 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lorakit.kernel_protocol import Kernels
+from lorakit.modules.kernel_attention import documents_of
+from lorakit.modules.layout import Layout, Segments, apart
 from lorakit.records import KernelLibrary
 from lorakit.testing.failure import ensure
 from lorakit.testing.offers import check_offer
@@ -22,6 +24,15 @@ HEADS = ((4, 2), (3, 3), (4, 1))
 HEAD_DIM = 64
 OTHER_DOCUMENTS = ((400, 2, 1, 32), (290, 3, 1, 96), (70, 2, 2, 256))
 """Tokens, query heads, key heads and their width."""
+SHARING: Sequence[Segments] = (
+    (slice(0, 200),),
+    (slice(0, 140), slice(200, 460)),
+    (slice(0, 140), slice(200, 210), slice(460, 500)),
+    (slice(0, 140), slice(500, 500)),
+    (slice(0, 5), slice(500, 501)),
+    (slice(501, 540),),
+)
+"""Documents that begin like others; the fourth is all another's."""
 SLACK = 3.0
 """Errors in the 2-norm are at most so many times those of torch's own fp32."""
 
@@ -59,7 +70,12 @@ def check_kernels(record: KernelLibrary) -> None:
         q = torch.randn(length, heads, head_dim)
         k, v = torch.randn(2, length, kv_heads, head_dim)
         if kernels.attends(q, k):
-            _check_attention(kernels, q, k, v)
+            _check_attention(kernels, q, k, v, apart([length]))
+    for segments in (apart([5, 40, 1, 129]), SHARING):
+        tokens = segments[-1][-1].stop
+        q, k, v = (torch.randn(tokens, heads, HEAD_DIM) for heads in (6, 2, 2))
+        if kernels.attends(q, k):
+            _check_attention(kernels, q, k, v, segments)
 
 
 def _check_product(kernels: Kernels, x: Tensor, weight: Tensor) -> None:
@@ -213,35 +229,54 @@ def _gated(g: Tensor, u: Tensor, dout: Tensor) -> tuple[Tensor, ...]:
     return (out.detach(), *torch.autograd.grad(out, inputs, dout))
 
 
-def _check_attention(kernels: Kernels, q: Tensor, k: Tensor, v: Tensor) -> None:
+def _check_attention(
+    kernels: Kernels, q: Tensor, k: Tensor, v: Tensor, segments: Sequence[Segments]
+) -> None:
     scale = 0.2
     dout = torch.randn_like(q)
-    exact = _attention(q.double(), k.double(), v.double(), dout.double(), scale)
-    theirs = _attention(q, k, v, dout, scale)
+    wide = (x.double() for x in (q, k, v, dout))
+    exact, theirs = _attention(*wide, scale, segments), _attention(q, k, v, dout, scale, segments)
+    layout = Layout.of_segments(segments)
+    documents, longest = documents_of(layout), max(layout.lengths)
     found = []
     for threads in (1, 2):
         with _torch_threads(threads):
             out = torch.empty_like(q)
-            workspace = torch.empty(kernels.attention_bytes(q, k), dtype=torch.uint8)
-            kept = kernels.attend(q, k, v, scale, out, workspace)
+            size = kernels.attention_bytes(q[:longest], k[:longest])
+            workspace = torch.empty(size, dtype=torch.uint8)
+            kept = kernels.attend(q, k, v, documents, scale, out, workspace)
             into = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
-            kernels.attend_backward(dout, q, k, v, out, kept, scale, into, workspace)
+            kernels.attend_backward(
+                dout, q, k, v, documents, out, kept, scale, into, workspace.clone()
+            )
         found.append((out, *into))
     parts = ("attend", *(f"attend_backward: d{name}" for name in "qkv"))
-    names = [f"{part}, {len(q)} tokens" for part in parts]
+    names = [f"{part}, documents of {layout.lengths} tokens" for part in parts]
     _ensure_each_close(names, found[0], theirs, exact, found[1])
 
 
-def _attention(q: Tensor, k: Tensor, v: Tensor, dout: Tensor, scale: float) -> tuple[Tensor, ...]:
+def _attention(
+    q: Tensor, k: Tensor, v: Tensor, dout: Tensor, scale: float, segments: Sequence[Segments]
+) -> tuple[Tensor, ...]:
     """The result `[T, H, Dh]` and the gradients of q, k and v, by plain autograd."""
     inputs = [x.clone().requires_grad_() for x in (q, k, v)]
+    results = []
+    for parts in segments:
+        document = (torch.cat([x[part] for part in parts]) for x in inputs)
+        own = parts[-1].stop - parts[-1].start
+        whole = _document_attention(*document, scale)
+        results.append(whole[len(whole) - own :])
+    out = torch.cat(results)
+    return (out.detach(), *torch.autograd.grad(out, inputs, dout))
+
+
+def _document_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     shared = q.shape[1] // k.shape[1]
-    queries, keys, values = (x.transpose(0, 1) for x in inputs)
+    queries, keys, values = (x.transpose(0, 1) for x in (q, k, v))
     keys, values = (x.repeat_interleave(shared, dim=0) for x in (keys, values))
     hidden = torch.ones(len(q), len(q), dtype=torch.bool).triu_(1)
     scores = (scale * queries @ keys.transpose(1, 2)).masked_fill(hidden, float("-inf"))
-    out = (scores.softmax(dim=-1) @ values).transpose(0, 1)
-    return (out.detach(), *torch.autograd.grad(out, inputs, dout))
+    return (scores.softmax(dim=-1) @ values).transpose(0, 1)
 
 
 def _ensure_each_close(

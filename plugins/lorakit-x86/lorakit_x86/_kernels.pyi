@@ -52,10 +52,20 @@ def rotate(*arguments: int) -> None:
 def attention_bytes(
     units: int, tokens: int, heads: int, kv_heads: int, head_dim: int, threads: int, /
 ) -> int: ...
-def attend(*arguments: float) -> None:
-    """Units; q, k, v, out, normalizer, workspace; tokens, heads, kv_heads, head_dim; the strides of
-    q, k and v; scale; threads, parallel."""
+Attended = tuple[float, ...]
+"""q, k and v, each with its stride; out, normalizer, workspace; heads, kv_heads, head_dim; scale;
+places, lengths, documents."""
 
-def attend_backward(*arguments: float) -> None:
-    """Units; dout, q, k, v, out, normalizer, dq, dk, dv, workspace; tokens, heads, kv_heads,
-    head_dim; the strides of dout, q, k and v; scale; threads, parallel."""
+def attend(units: int, attended: Attended, threads: int, parallel: int, /) -> None: ...
+def attend_backward(
+    units: int,
+    dout: int,
+    dout_stride: int,
+    dq: int,
+    dk: int,
+    dv: int,
+    attended: Attended,
+    threads: int,
+    parallel: int,
+    /,
+) -> None: ...

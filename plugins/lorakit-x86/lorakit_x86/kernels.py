@@ -8,6 +8,7 @@ from pathlib import Path
 from types import ModuleType
 
 import torch
+from lorakit.kernel_protocol import Documents
 from torch import Tensor
 
 from lorakit_x86 import AMX, AVX512
@@ -21,7 +22,7 @@ FEWEST_ADAPTED = 16
 """Rows from which on a product with an fp32 weight, which is copied first, is as fast as MKL's."""
 
 SHORTEST = 32
-"""Tokens of a document from which on attention is faster than torch's."""
+"""Tokens of a micro-batch from which on attention is faster than torch's."""
 HEAD_DIMS = range(32, 257, 32)
 
 
@@ -146,20 +147,21 @@ class AVX512Kernels:
         return len(q) >= SHORTEST and q.shape[-1] in HEAD_DIMS
 
     def attention_bytes(self, q: Tensor, k: Tensor) -> int:
-        return self.native.attention_bytes(self.units, *_sizes(q, k), _threads()[0])
+        return self.native.attention_bytes(self.units, len(q), *_heads(q, k), _threads()[0])
 
     def attend(
-        self, q: Tensor, k: Tensor, v: Tensor, scale: float, out: Tensor, workspace: Tensor
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        documents: Documents,
+        scale: float,
+        out: Tensor,
+        workspace: Tensor,
     ) -> Tensor:
-        normalizer = q.new_empty(q.shape[1], len(q))
-        self.native.attend(
-            self.units,
-            *(x.data_ptr() for x in (q, k, v, out, normalizer, workspace)),
-            *_sizes(q, k),
-            *(x.stride(0) for x in (q, k, v)),
-            scale,
-            *_threads(),
-        )
+        normalizer = q.new_empty(q.shape[1], len(documents.places))
+        attended = _attended(q, k, v, documents, scale, (out, normalizer, workspace))
+        self.native.attend(self.units, attended, *_threads())
         return normalizer
 
     def attend_backward(
@@ -168,6 +170,7 @@ class AVX512Kernels:
         q: Tensor,
         k: Tensor,
         v: Tensor,
+        documents: Documents,
         out: Tensor,
         kept: Tensor,
         scale: float,
@@ -176,10 +179,9 @@ class AVX512Kernels:
     ) -> None:
         self.native.attend_backward(
             self.units,
-            *(x.data_ptr() for x in (dout, q, k, v, out, kept, *into, workspace)),
-            *_sizes(q, k),
-            *(x.stride(0) for x in (dout, q, k, v)),
-            scale,
+            *_places(dout),
+            *(gradient.data_ptr() for gradient in into),
+            _attended(q, k, v, documents, scale, (out, kept, workspace)),
             *_threads(),
         )
 
@@ -218,9 +220,30 @@ def _layer(
     )
 
 
-def _sizes(q: Tensor, k: Tensor) -> tuple[int, int, int, int]:
-    tokens, heads, head_dim = q.shape
-    return tokens, heads, k.shape[1], head_dim
+def _attended(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    documents: Documents,
+    scale: float,
+    others: tuple[Tensor, Tensor, Tensor],
+) -> tuple[float, ...]:
+    """Attention within documents: where all is, and sizes; of the others, result, normalizer and
+    workspace."""
+    return (
+        *_places(q, k, v),
+        *(x.data_ptr() for x in others),
+        *_heads(q, k),
+        scale,
+        documents.places.data_ptr(),
+        documents.lengths.data_ptr(),
+        len(documents.lengths),
+    )
+
+
+def _heads(q: Tensor, k: Tensor) -> tuple[int, int, int]:
+    """How many of q and of k, and how wide they are."""
+    return q.shape[1], k.shape[1], q.shape[2]
 
 
 def _threads() -> tuple[int, int]:

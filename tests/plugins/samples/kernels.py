@@ -89,16 +89,18 @@ def load():
         def attention_bytes(self, q, k):
             return 0
 
-        def attend(self, q, k, v, scale, out, workspace):
+        def attend(self, q, k, v, documents, scale, out, workspace):
             self.asked.write("attend\n")
-            out.copy_(attended(*(x.double() for x in (q, k, v)), scale))
+            out.copy_(attended(*(x.double() for x in (q, k, v)), documents, scale))
             return torch.empty(0)
 
-        def attend_backward(self, dout, q, k, v, out, kept, scale, into, workspace):
+        def attend_backward(
+            self, dout, q, k, v, documents, out, kept, scale, into, workspace
+        ):
             self.asked.write("attend_backward\n")
             inputs = [x.double().requires_grad_() for x in (q, k, v)]
             with torch.enable_grad():
-                again = attended(*inputs, scale)
+                again = attended(*inputs, documents, scale)
             found = torch.autograd.grad(again, inputs, dout.double())
             for gradient, tensor in zip(into, found, strict=True):
                 gradient.copy_(tensor)
@@ -106,7 +108,16 @@ def load():
     def normalized(x, weight, eps):
         return x * (x.square().mean(dim=-1, keepdim=True) + eps).rsqrt() * weight
 
-    def attended(q, k, v, scale):
+    def attended(q, k, v, documents, scale):
+        results, start = torch.zeros_like(q), 0
+        for length, own in documents.lengths.tolist():
+            places = documents.places[start : start + length]
+            whole = document_attended(q[places], k[places], v[places], scale)
+            results = results.index_copy(0, places[length - own :], whole[length - own :])
+            start += length
+        return results
+
+    def document_attended(q, k, v, scale):
         shared = q.shape[1] // k.shape[1]
         q, k, v = (x.transpose(0, 1) for x in (q, k, v))
         k, v = k.repeat_interleave(shared, 0), v.repeat_interleave(shared, 0)

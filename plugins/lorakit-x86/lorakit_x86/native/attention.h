@@ -3,30 +3,50 @@
 
 #include "vectors.h"
 
-/* Causal attention within a document: out = softmax(scale q k^T) v, each token seeing itself and
- * those before it.  Once for each kind of units that can compute it. */
-struct attention {
-  /* q and out [tokens, heads, head_dim], k and v [tokens, kv_heads, head_dim], a token's heads one
-   * after the other; tokens of q, k and v so many numbers apart, of out next to each other.  head_dim
-   * is a multiple of 32; query head h sees key head h / (heads / kv_heads).  normalizer
-   * [heads, tokens] gets the logarithms of the softmax's sums, for the backward pass.
-   *
-   * workspace: what `bytes` says, at a multiple of 64.  A NaN of v may reach the 31 tokens before
-   * it. */
-  void (*attend)(const float *q, const float *k, const float *v, float *out, float *normalizer,
-                 char *workspace, long tokens, long heads, long kv_heads, long head_dim,
-                 long q_stride, long k_stride, long v_stride, float scale, int threads,
-                 parallel_fn parallel);
+/* Causal attention within documents: out = softmax(scale q k^T) v, each token seeing itself and those
+ * before it.
+ *
+ * q and out [rows, heads, head_dim], k and v [rows, kv_heads, head_dim], a row's heads one after the
+ * other; rows of q, k and v so many numbers apart, of out next to each other.  head_dim is a multiple
+ * of 32; query head h sees key head h / (heads / kv_heads).
+ *
+ * places [tokens of all documents] says in which row each token of each document is.  A document has
+ * lengths[document][0] tokens, the last lengths[document][1] of which are its own; the others are
+ * those of documents before it, and are seen, but what they see is not computed again.
+ *
+ * normalizer has heads times the tokens of a document for each, as [heads, tokens]: the logarithms of
+ * the softmax's sums, for the backward pass; of tokens of its own.
+ *
+ * workspace is what `bytes` says of the longest document, at a multiple of 64.  A NaN of v may reach
+ * the 31 tokens before it. */
+typedef struct {
+  const float *q, *k, *v;
+  long q_stride, k_stride, v_stride;
+  float *out, *normalizer;
+  long heads, kv_heads, head_dim;
+  float scale;
+  const int64_t *places, (*lengths)[2];
+  long documents;
+  char *workspace;
+} attended;
 
-  /* The gradients of q, k and v, given that of out; written without gaps. */
-  void (*attend_backward)(const float *dout, const float *q, const float *k, const float *v,
-                          const float *out, const float *normalizer, float *dq, float *dk,
-                          float *dv, char *workspace, long tokens, long heads, long kv_heads,
-                          long head_dim, long dout_stride, long q_stride, long k_stride,
-                          long v_stride, float scale, int threads, parallel_fn parallel);
+/* dout's rows are so many numbers apart, those of the gradients next to each other. */
+typedef struct {
+  const float *dout;
+  long dout_stride;
+  float *dq, *dk, *dv;
+} attention_gradients;
+
+/* Once for each kind of units that can compute it. */
+struct attention {
+  void (*attend)(const attended *all, unsigned threads, parallel_fn parallel);
+
+  /* Given dout and what `attend` wrote: dq, dk and dv. */
+  void (*attend_backward)(const attended *all, const attention_gradients *gradients,
+                          unsigned threads, parallel_fn parallel);
 
   /* Of workspace that either of them needs at most. */
-  long (*bytes)(long tokens, long heads, long kv_heads, long head_dim, int threads);
+  long (*bytes)(long tokens, long heads, long kv_heads, long head_dim, unsigned threads);
 };
 
 extern const struct attention attention_on_amx, attention_on_avx512;

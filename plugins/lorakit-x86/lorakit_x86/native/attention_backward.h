@@ -67,8 +67,14 @@ struct splitting {
   const float *from;
   element *left, *right;
   long key, query, query_count; /* the block */
+  long before_own;              /* blocks of queries at the start */
   int diagonal;                 /* whether the group is: without queries that come before keys */
 };
+
+/* The first block of queries that gets something from a block of keys. */
+static inline long first_query(long before_own, int diagonal, long key) {
+  return diagonal && key > before_own ? key : before_own;
+}
 
 UNITS_INLINE void splitting_step(struct work *work) {
   struct splitting *own = (struct splitting *)work;
@@ -87,7 +93,7 @@ UNITS_INLINE void splitting_step(struct work *work) {
   split_rows(rows, left, right);
   if (i == 15 && ++own->query == own->query_count) {
     own->key++;
-    own->query = own->diagonal ? own->key : 0;
+    own->query = first_query(own->before_own, own->diagonal, own->key);
   }
 }
 
@@ -96,6 +102,7 @@ struct backward {
   element *q_right, *q_transposed, *dout_right, *dout_transposed; /* [query block][column][BLOCK] */
   float *dq;                                                   /* [query block][column][AREA] */
   float *normalizer, *delta;                                   /* [query block][SIDE] */
+  long before_own; /* blocks of queries at the start of the group that are another document's */
   float *scores[2];                                            /* [query block][AREA] */
   float *dscores;                                              /* [key block][query block][AREA] */
   element *weights_left, *dscores_left, *dscores_right; /* [key block][query block][BLOCK] */
@@ -124,31 +131,35 @@ static struct backward backward_memory(char **from, long columns) {
   return memory;
 }
 
-/* Packs a block of queries and of gradients. */
+/* Packs a block of queries and of gradients, which are zeros for another document's tokens. */
 UNITS static void pack_gradients(struct task *task, struct backward *memory, long head, long block,
                                long at) {
-  const long row = block * SIDE, there = task->tokens - row, offset = head * task->head_dim;
-  const long out_stride = task->heads * task->head_dim;
-  const float *q = task->q + row * task->q_stride + offset;
-  const float *dout = task->dout + row * task->dout_stride + offset;
-  const float *out = task->result + row * out_stride + offset;
+  const attended *all = &task->all;
+  const long row = block * SIDE, offset = head * all->head_dim;
+  const long out_stride = all->heads * all->head_dim, dout_stride = task->gradients.dout_stride;
+  const float *dout = task->gradients.dout + offset, *out = all->out + offset;
   for (long c = 0; c < task->columns; c++) {
     const long to = (at * task->columns + c) * BLOCK, from = c * SIDE;
-    pack_block(q + from, task->q_stride, there, RIGHT, memory->q_right + to);
-    pack_scaled(q + from, task->q_stride, there, RIGHT_TRANSPOSED, task->scale,
-                memory->q_transposed + to);
-    pack_block(dout + from, task->dout_stride, there, RIGHT, memory->dout_right + to);
-    pack_block(dout + from, task->dout_stride, there, RIGHT_TRANSPOSED,
-               memory->dout_transposed + to);
+    const placed_rows q = block_of(task, all->q + offset + from, all->q_stride, row);
+    placed_rows own = block_of(task, dout + from, dout_stride, row);
+    own.first = task->own_from - row;
+    pack_block(q, RIGHT, memory->q_right + to);
+    pack_scaled(q, RIGHT_TRANSPOSED, all->scale, memory->q_transposed + to);
+    pack_block(own, RIGHT, memory->dout_right + to);
+    pack_block(own, RIGHT_TRANSPOSED, memory->dout_transposed + to);
   }
   for (long i = 0; i < SIDE; i++) {
+    const long token = row + i;
     __m512 sum = _mm512_setzero_ps();
-    for (long j = 0; i < there && j < task->head_dim; j += 16)
-      sum = _mm512_fmadd_ps(_mm512_loadu_ps(dout + i * task->dout_stride + j),
-                            _mm512_loadu_ps(out + i * out_stride + j), sum);
+    if (token >= task->own_from && token < task->tokens) {
+      const long place = task->places[token];
+      for (long j = 0; j < all->head_dim; j += 16)
+        sum = _mm512_fmadd_ps(_mm512_loadu_ps(dout + place * dout_stride + j),
+                              _mm512_loadu_ps(out + place * out_stride + j), sum);
+    }
     memory->delta[at * SIDE + i] = _mm512_reduce_add_ps(sum);
     memory->normalizer[at * SIDE + i] =
-        i < there ? task->known_normalizer[head * task->tokens + row + i] : 0;
+        token < task->tokens ? task->normalizer[head * task->tokens + token] : 0;
   }
 }
 
@@ -175,7 +186,7 @@ UNITS static void weigh_group(struct task *task, struct backward *memory, const 
   const long columns = task->columns, packed = columns * BLOCK;
   struct gradients pending = {.work = {.interval = 12 * columns}};
   for (long i = 0; i < keys->count; i++) {
-    const long start = diagonal ? i : 0, at = i * WIDTH + start;
+    const long start = first_query(memory->before_own, diagonal, i), at = i * WIDTH + start;
     float *scores = memory->scores[i % 2] + start * AREA, *dweights = memory->dscores + at * AREA;
     /* The products for these blocks, while the previous row is worked at. */
     for (long j = start; j < queries; j++)
@@ -213,18 +224,22 @@ UNITS static void weigh_group(struct task *task, struct backward *memory, const 
 UNITS static void add_gradients(struct task *task, struct backward *memory, const struct keys *keys,
                               long queries, int diagonal, int first_queries, int first_keys) {
   const long columns = task->columns, packed = columns * BLOCK;
-  long blocks = diagonal ? queries * (queries + 1) / 2 : queries * keys->count;
+  long blocks = 0;
+  for (long i = 0; i < keys->count; i++)
+    blocks += queries - first_query(memory->before_own, diagonal, i);
   struct splitting splitting = {
       .work = {.left = RESULTS_ARE_FACTORS ? 0 : 16 * blocks, .interval = 6 * columns},
       .from = memory->dscores,
       .left = memory->dscores_left,
       .right = memory->dscores_right,
+      .query = memory->before_own,
       .query_count = queries,
+      .before_own = memory->before_own,
       .diagonal = diagonal,
   };
   for (long c = 0; c < columns; c++)
     for (long i = 0; i < keys->count; i++) {
-      const long j = diagonal ? i : 0;
+      const long j = first_query(memory->before_own, diagonal, i);
       multiply_and_split(memory->weights_left + (i * WIDTH + j) * BLOCK, BLOCK,
                          memory->dout_right + j * packed + c * BLOCK, packed, queries - j,
                          keys->dv + (i * columns + c) * AREA, !first_queries, &splitting.work);
@@ -232,12 +247,12 @@ UNITS static void add_gradients(struct task *task, struct backward *memory, cons
   finish_work(&splitting.work, splitting_step);
   for (long c = 0; c < columns; c++)
     for (long i = 0; i < keys->count; i++) {
-      const long j = diagonal ? i : 0;
+      const long j = first_query(memory->before_own, diagonal, i);
       multiply(memory->dscores_left + (i * WIDTH + j) * BLOCK, BLOCK,
                memory->q_right + j * packed + c * BLOCK, packed, queries - j,
                keys->dk + (i * columns + c) * AREA, !first_queries, NULL, NULL);
     }
-  for (long j = 0; j < queries; j++)
+  for (long j = memory->before_own; j < queries; j++)
     for (long c = 0; c < columns; c++)
       multiply(keys->k_transposed + c * BLOCK, packed, memory->dscores_right + j * BLOCK,
                WIDTH * BLOCK, diagonal ? j + 1 : keys->count, memory->dq + (j * columns + c) * AREA,
@@ -246,24 +261,30 @@ UNITS static void add_gradients(struct task *task, struct backward *memory, cons
 
 /* dq of 32 queries, from its transpose. */
 UNITS static void write_dq(struct task *task, const float *from, long head, long block) {
-  const long stride = task->heads * task->head_dim;
-  float *to = task->dq + block * SIDE * stride + head * task->head_dim;
+  const attended *all = &task->all;
+  const long stride = all->heads * all->head_dim;
+  float *to = task->gradients.dq + head * all->head_dim;
   for (long column = 0; column < 2 * task->columns; column++)
     for (int half = 0; half < 2; half++) {
       __m512 rows[16];
       load_rows(from + column * AREA / 2 + 16 * half, SIDE, 16, rows);
       for (int i = 0; i < 16; i++)
-        rows[i] = _mm512_mul_ps(rows[i], _mm512_set1_ps(task->scale));
+        rows[i] = _mm512_mul_ps(rows[i], _mm512_set1_ps(all->scale));
       transpose((__m512i *)rows);
-      for (long i = 0; i < 16 && block * SIDE + 16 * half + i < task->tokens; i++)
-        _mm512_storeu_ps(to + (16 * half + i) * stride + 16 * column, rows[i]);
+      for (long i = 0; i < 16; i++) {
+        const long token = block * SIDE + 16 * half + i;
+        if (token >= task->own_from && token < task->tokens)
+          _mm512_storeu_ps(to + task->places[token] * stride + 16 * column, rows[i]);
+      }
     }
 }
 
 /* The first group of queries of a split.  All splits take about the same time: the later a query,
  * the more keys it sees. */
 static long split_start(struct task *task, long split) {
-  return lround(task->groups * sqrt((double)split / task->splits));
+  const double first = (double)task->first_group * task->first_group;
+  const double all = (double)task->groups * task->groups;
+  return lround(sqrt(first + (all - first) * split / task->splits));
 }
 
 /* Gradients of a group of queries of one head, and of the keys they see. */
@@ -271,9 +292,11 @@ UNITS static void backward_group(struct task *task, struct backward *memory, lon
                                long group) {
   const long columns = task->columns, packed = columns * BLOCK, first = group * WIDTH;
   const long queries = smaller(WIDTH, task->blocks - first);
-  const long key_blocks = head / (task->heads / task->kv_heads) * task->blocks;
-  const long sum_blocks = (split * task->heads + head) * task->blocks;
-  for (long j = 0; j < queries; j++)
+  const long heads = task->all.heads;
+  const long key_blocks = head / (heads / task->all.kv_heads) * task->blocks;
+  const long sum_blocks = (split * heads + head) * task->blocks;
+  memory->before_own = blocks_before_own(task, group);
+  for (long j = memory->before_own; j < queries; j++)
     pack_gradients(task, memory, head, first + j, j);
   for (long key = 0; key <= first; key += WIDTH) {
     const struct keys keys = {
@@ -288,7 +311,7 @@ UNITS static void backward_group(struct task *task, struct backward *memory, lon
     add_gradients(task, memory, &keys, queries, key == first,
                   key == first || group == split_start(task, split), key == 0);
   }
-  for (long j = 0; j < queries; j++)
+  for (long j = memory->before_own; j < queries; j++)
     write_dq(task, memory->dq + j * columns * AREA, head, first + j);
 }
 
@@ -297,41 +320,49 @@ UNITS static void backward_items(void *data) {
   char *own = task->scratch + atomic_fetch_add(&task->threads_begun, 1) * task->scratch_size;
   struct backward memory = backward_memory(&own, task->columns);
   begin_products();
-  for (long item; (item = atomic_fetch_add(&task->next, 1)) < task->heads * task->splits;) {
-    const long head = item % task->heads, split = task->splits - 1 - item / task->heads;
+  const long heads = task->all.heads;
+  for (long item; (item = atomic_fetch_add(&task->next, 1)) < heads * task->splits;) {
+    const long head = item % heads, split = task->splits - 1 - item / heads;
     for (long i = split_start(task, split); i < split_start(task, split + 1); i++)
       backward_group(task, &memory, head, split, i);
   }
   end_products();
 }
 
-/* dk or dv of 32 keys: the sum of those for each query head and split. */
+/* dk or dv of 32 keys: the sum of those for each query head and split.  Other documents' tokens have
+ * some already, for those documents come before. */
 UNITS_INLINE void sum_parts(struct task *task, const float *parts, long kv_head, long block,
                           float scale, float *to) {
-  const long group = task->heads / task->kv_heads, stride = task->kv_heads * task->head_dim;
+  const long heads = task->all.heads, group = heads / task->all.kv_heads;
+  const long head_dim = task->all.head_dim, stride = task->all.kv_heads * head_dim;
   const long between = task->blocks * task->columns * AREA;
   parts += kv_head * group * between + block * task->columns * AREA;
-  to += block * SIDE * stride + kv_head * task->head_dim;
   long first = 0;
   while (split_start(task, first + 1) * WIDTH <= block)
     first++;
-  for (long i = 0; i < SIDE && block * SIDE + i < task->tokens; i++)
-    for (long j = 0; j < task->head_dim; j += 16) {
+  for (long i = 0; i < SIDE && block * SIDE + i < task->tokens; i++) {
+    const long token = block * SIDE + i;
+    float *row = to + task->places[token] * stride + kv_head * head_dim;
+    for (long j = 0; j < head_dim; j += 16) {
       const float *from = parts + j / SIDE * AREA + i * SIDE + j % SIDE;
       __m512 sum = _mm512_setzero_ps();
       for (long split = first; split < task->splits; split++)
         for (long n = 0; n < group; n++)
-          sum = _mm512_add_ps(sum, _mm512_load_ps(from + (split * task->heads + n) * between));
-      _mm512_storeu_ps(to + i * stride + j, _mm512_mul_ps(sum, _mm512_set1_ps(scale)));
+          sum = _mm512_add_ps(sum, _mm512_load_ps(from + (split * heads + n) * between));
+      sum = _mm512_mul_ps(sum, _mm512_set1_ps(scale));
+      if (token < task->own_from) sum = _mm512_add_ps(sum, _mm512_loadu_ps(row + j));
+      _mm512_storeu_ps(row + j, sum);
     }
+  }
 }
 
 UNITS static void sum_items(void *data) {
   struct task *task = data;
-  for (long item; (item = atomic_fetch_add(&task->next, 1)) < task->kv_heads * task->blocks;) {
+  const long items = task->all.kv_heads * task->blocks;
+  for (long item; (item = atomic_fetch_add(&task->next, 1)) < items;) {
     const long head = item / task->blocks, block = item % task->blocks;
-    sum_parts(task, task->dk_parts, head, block, task->scale, task->dk);
-    sum_parts(task, task->dv_parts, head, block, 1, task->dv);
+    sum_parts(task, task->dk_parts, head, block, task->all.scale, task->gradients.dk);
+    sum_parts(task, task->dv_parts, head, block, 1, task->gradients.dv);
   }
 }
 
@@ -344,47 +375,48 @@ static size_t backward_size(long columns) {
 
 /* Of the gradients of keys or values, before they are summed up. */
 static size_t sums_size(const struct task *task) {
-  return (size_t)(task->splits * task->heads * task->blocks * task->columns * AREA) * sizeof(float);
+  return (size_t)(task->splits * task->all.heads * task->blocks * task->columns * AREA) *
+         sizeof(float);
 }
 
-static long splits_of(const struct task *task) { return task->groups < 2 ? 1 : 2; }
+static long splits_of(const struct task *task) {
+  return task->groups - task->first_group < 2 ? 1 : 2;
+}
 
-static long attention_bytes(long tokens, long heads, long kv_heads, long head_dim, int threads) {
-  struct task task = {.heads = heads, .kv_heads = kv_heads, .blocks = divided_up(tokens, SIDE),
-                      .columns = head_dim / SIDE, .groups = divided_up(tokens, WIDTH * SIDE)};
+static long attention_bytes(long tokens, long heads, long kv_heads, long head_dim,
+                            unsigned threads) {
+  const int64_t lengths[1][2] = {{tokens, tokens}};
+  const attended all = {.heads = heads, .kv_heads = kv_heads, .head_dim = head_dim,
+                        .lengths = lengths};
+  struct task task = task_of(&all, 0, 0);
   task.splits = splits_of(&task);
-  const size_t forward = 2 * packed_size(&task) + (size_t)threads * forward_size(task.columns);
-  const size_t backward = 3 * packed_size(&task) + 2 * sums_size(&task) +
-                          (size_t)threads * backward_size(task.columns);
+  const size_t forward = 2 * packed_size(&task) + threads * forward_size(task.columns);
+  const size_t backward =
+      3 * packed_size(&task) + 2 * sums_size(&task) + threads * backward_size(task.columns);
   return (long)(forward > backward ? forward : backward);
 }
 
-static void attend_backward(const float *dout, const float *q, const float *k, const float *v,
-                     const float *out, const float *normalizer, float *dq, float *dk, float *dv,
-                     char *workspace, long tokens, long heads, long kv_heads, long head_dim,
-                     long dout_stride, long q_stride, long k_stride, long v_stride, float scale,
-                     int threads, parallel_fn parallel) {
-  struct task task = {
-      .dout = dout, .q = q, .k = k, .v = v, .result = out, .known_normalizer = normalizer, .dq = dq,
-      .dk = dk, .dv = dv, .tokens = tokens, .heads = heads, .kv_heads = kv_heads,
-      .head_dim = head_dim, .dout_stride = dout_stride, .q_stride = q_stride,
-      .k_stride = k_stride, .v_stride = v_stride, .scale = scale,
-      .blocks = divided_up(tokens, SIDE), .columns = head_dim / SIDE,
-      .groups = divided_up(tokens, WIDTH * SIDE),
-      .scratch_size = backward_size(head_dim / SIDE),
-  };
-  task.splits = splits_of(&task);
-  const size_t packed = packed_size(&task), sums = sums_size(&task);
-  char *from = workspace;
-  task.k_left = take(&from, packed);
-  task.k_left_transposed = take(&from, packed);
-  task.v_left = take(&from, packed);
-  task.dk_parts = take(&from, sums);
-  task.dv_parts = take(&from, sums);
-  task.scratch = from;
-  run_items(&task, attention_pack_keys, threads, parallel);
-  run_items(&task, backward_items, threads, parallel);
-  run_items(&task, sum_items, threads, parallel);
+static void attend_backward(const attended *all, const attention_gradients *gradients,
+                            unsigned threads, parallel_fn parallel) {
+  long before = 0;
+  for (long document = 0; document < all->documents; before += all->lengths[document++][0]) {
+    struct task task = task_of(all, document, before);
+    if (task.own_from == task.tokens) continue; /* another document is the same */
+    task.gradients = *gradients;
+    task.splits = splits_of(&task);
+    const size_t packed = packed_size(&task), sums = sums_size(&task);
+    char *from = all->workspace;
+    task.k_left = take(&from, packed);
+    task.k_left_transposed = take(&from, packed);
+    task.v_left = take(&from, packed);
+    task.dk_parts = take(&from, sums);
+    task.dv_parts = take(&from, sums);
+    task.scratch = from;
+    task.scratch_size = backward_size(task.columns);
+    run_items(&task, attention_pack_keys, threads, parallel);
+    run_items(&task, backward_items, threads, parallel);
+    run_items(&task, sum_items, threads, parallel);
+  }
 }
 
 #endif

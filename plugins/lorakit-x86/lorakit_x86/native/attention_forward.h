@@ -4,30 +4,32 @@
 #if LORAKIT_HAS_KERNELS
 
 static size_t packed_size(const struct task *task) {
-  return (size_t)(task->kv_heads * task->blocks * task->columns * BLOCK) * sizeof(element);
+  return (size_t)(task->all.kv_heads * task->blocks * task->columns * BLOCK) * sizeof(element);
 }
 
-static void run_items(struct task *task, void (*fn)(void *), int threads, parallel_fn parallel) {
+static void run_items(struct task *task, void (*fn)(void *), unsigned threads,
+                      parallel_fn parallel) {
   atomic_store(&task->next, 0);
   atomic_store(&task->threads_begun, 0);
   if (threads > 1)
-    parallel(fn, task, (unsigned)threads, 0);
+    parallel(fn, task, threads, 0);
   else
     fn(task);
 }
 
 UNITS static void attention_pack_keys(void *data) {
   struct task *task = data;
-  for (long item; (item = atomic_fetch_add(&task->next, 1)) < task->kv_heads * task->blocks;) {
-    long head = item / task->blocks, row = item % task->blocks * SIDE;
+  const attended *all = &task->all;
+  const int backward = task->gradients.dout != NULL;
+  for (long item; (item = atomic_fetch_add(&task->next, 1)) < all->kv_heads * task->blocks;) {
+    const long head = item / task->blocks, row = item % task->blocks * SIDE;
     for (long c = 0; c < task->columns; c++) {
-      const float *k = task->k + row * task->k_stride + head * task->head_dim + c * SIDE;
-      const float *v = task->v + row * task->v_stride + head * task->head_dim + c * SIDE;
-      long rows = task->tokens - row, to = (item * task->columns + c) * BLOCK;
-      pack_block(k, task->k_stride, rows, LEFT, task->k_left + to);
-      pack_block(v, task->v_stride, rows, task->dout ? LEFT : LEFT_TRANSPOSED, task->v_left + to);
-      if (task->dout)
-        pack_block(k, task->k_stride, rows, LEFT_TRANSPOSED, task->k_left_transposed + to);
+      const long column = head * all->head_dim + c * SIDE, to = (item * task->columns + c) * BLOCK;
+      const placed_rows k = block_of(task, all->k + column, all->k_stride, row);
+      const placed_rows v = block_of(task, all->v + column, all->v_stride, row);
+      pack_block(k, LEFT, task->k_left + to);
+      pack_block(v, backward ? LEFT : LEFT_TRANSPOSED, task->v_left + to);
+      if (backward) pack_block(k, LEFT_TRANSPOSED, task->k_left_transposed + to);
     }
   }
 }
@@ -180,11 +182,12 @@ UNITS static void finish_queries(struct task *task, long head, long block, const
                      _mm512_mul_ps(state->maximum[half], _mm512_set1_ps(LOG2_E)));
     _mm512_storeu_ps(sum + 16 * half, state->sum[half]);
   }
-  float *normalizer = task->normalizer + head * task->tokens + block * SIDE;
+  const long first = block * SIDE;
+  float *normalizer = task->normalizer + head * task->tokens + first;
   for (long i = 0; i < there; i++)
     normalizer[i] = (float)(offset[i] / (double)LOG2_E + logf(sum[i]));
-  long stride = task->heads * task->head_dim;
-  float *out = task->out + block * SIDE * stride + head * task->head_dim;
+  const long stride = task->all.heads * task->all.head_dim;
+  float *out = task->all.out + head * task->all.head_dim;
   for (long column = 0; column < 2 * task->columns; column++)
     for (int half = 0; half < 2; half++) {
       __m512 rows[16];
@@ -192,17 +195,20 @@ UNITS static void finish_queries(struct task *task, long head, long block, const
       for (int i = 0; i < 16; i++)
         rows[i] = _mm512_mul_ps(rows[i], inverse[half]);
       transpose((__m512i *)rows);
-      for (int i = 0; i < 16 && 16 * half + i < there; i++)
-        _mm512_storeu_ps(out + (16 * half + i) * stride + 16 * column, rows[i]);
+      for (long i = 0; i < 16; i++) {
+        const long token = first + 16 * half + i;
+        if (token >= task->own_from && token < task->tokens)
+          _mm512_storeu_ps(out + task->places[token] * stride + 16 * column, rows[i]);
+      }
     }
 }
 
 UNITS static void pack_queries(struct task *task, struct forward *memory, long head, long block,
                              long at) {
-  const float *q = task->q + block * SIDE * task->q_stride + head * task->head_dim;
+  const attended *all = &task->all;
   for (long c = 0; c < task->columns; c++)
-    pack_scaled(q + c * SIDE, task->q_stride, task->tokens - block * SIDE, RIGHT_TRANSPOSED,
-                task->scale, memory->q + (at * task->columns + c) * BLOCK);
+    pack_scaled(block_of(task, all->q + head * all->head_dim + c * SIDE, all->q_stride, block * SIDE),
+                RIGHT_TRANSPOSED, all->scale, memory->q + (at * task->columns + c) * BLOCK);
   struct state *state = memory->state + at;
   for (int half = 0; half < 2; half++) {
     state->maximum[half] = _mm512_set1_ps(-1e30f);
@@ -214,11 +220,12 @@ UNITS static void pack_queries(struct task *task, struct forward *memory, long h
 UNITS static void attend_group(struct task *task, struct forward *memory, long head, long group) {
   const long columns = task->columns, packed = columns * BLOCK, first = group * WIDTH;
   const long count = smaller(WIDTH, task->blocks - first);
-  const long kv_head = head / (task->heads / task->kv_heads);
+  const long kv_head = head / (task->all.heads / task->all.kv_heads);
+  const long start = blocks_before_own(task, group);
   memory->k = task->k_left + kv_head * task->blocks * packed;
   memory->v = task->v_left + kv_head * task->blocks * packed;
   memset(memory->out, 0, WIDTH * columns * AREA * sizeof(float));
-  for (long i = 0; i < count; i++)
+  for (long i = start; i < count; i++)
     pack_queries(task, memory, head, first + i, i);
   /* Three chunks at a time: while tile units, if there are such, multiply for the first and the
    * third, the vector units compute the exponentials of the second. */
@@ -228,7 +235,7 @@ UNITS static void attend_group(struct task *task, struct forward *memory, long h
     memory->chunks[i].exponentials.work = (struct work){.left = 0, .interval = 16};
   }
   for (long key = 0; key < first + count; key += WIDTH)
-    for (long i = 0; i < count; i++) {
+    for (long i = start; i < count; i++) {
       struct work *work = &current->exponentials.work;
       next->key = key;
       next->query = i;
@@ -249,7 +256,7 @@ UNITS static void attend_group(struct task *task, struct forward *memory, long h
   finish_chunk(task, memory, last, &current->exponentials.work);
   finish_exponentials(memory, current);
   finish_chunk(task, memory, current, &current->exponentials.work);
-  for (long i = 0; i < count; i++)
+  for (long i = start; i < count; i++)
     finish_queries(task, head, first + i, memory->out + i * columns * AREA, memory->state + i);
 }
 
@@ -258,9 +265,10 @@ UNITS static void attend_items(void *data) {
   char *own = task->scratch + atomic_fetch_add(&task->threads_begun, 1) * task->scratch_size;
   struct forward memory = forward_memory(&own, task->columns);
   begin_products();
-  for (long item; (item = atomic_fetch_add(&task->next, 1)) < task->heads * task->groups;)
+  const long heads = task->all.heads, items = heads * (task->groups - task->first_group);
+  for (long item; (item = atomic_fetch_add(&task->next, 1)) < items;)
     /* Those with most keys first, for the threads to end at about the same time. */
-    attend_group(task, &memory, item % task->heads, task->groups - 1 - item / task->heads);
+    attend_group(task, &memory, item % heads, task->groups - 1 - item / heads);
   end_products();
 }
 
@@ -271,23 +279,31 @@ static size_t forward_size(long columns) {
   return (size_t)end;
 }
 
-static void attend(const float *q, const float *k, const float *v, float *out, float *normalizer,
-            char *workspace, long tokens, long heads, long kv_heads, long head_dim, long q_stride,
-            long k_stride, long v_stride, float scale, int threads, parallel_fn parallel) {
-  struct task task = {
-      .q = q, .k = k, .v = v, .out = out, .normalizer = normalizer, .tokens = tokens,
-      .heads = heads, .kv_heads = kv_heads, .head_dim = head_dim, .q_stride = q_stride,
-      .k_stride = k_stride, .v_stride = v_stride, .scale = scale,
-      .blocks = divided_up(tokens, SIDE), .columns = head_dim / SIDE,
-      .groups = divided_up(tokens, WIDTH * SIDE), .scratch_size = forward_size(head_dim / SIDE),
+/* The task of a document, of which `before` tokens of all documents come before it. */
+static struct task task_of(const attended *all, long document, long before) {
+  const long tokens = all->lengths[document][0], own_from = tokens - all->lengths[document][1];
+  return (struct task){
+      .all = *all, .places = all->places + before, .normalizer = all->normalizer + all->heads * before,
+      .tokens = tokens, .own_from = own_from, .blocks = divided_up(tokens, SIDE),
+      .first_block = own_from / SIDE, .columns = all->head_dim / SIDE,
+      .groups = divided_up(tokens, WIDTH * SIDE), .first_group = own_from / (WIDTH * SIDE),
   };
-  const size_t packed = packed_size(&task);
-  char *from = workspace;
-  task.k_left = take(&from, packed);
-  task.v_left = take(&from, packed);
-  task.scratch = from;
-  run_items(&task, attention_pack_keys, threads, parallel);
-  run_items(&task, attend_items, threads, parallel);
+}
+
+static void attend(const attended *all, unsigned threads, parallel_fn parallel) {
+  long before = 0;
+  for (long document = 0; document < all->documents; before += all->lengths[document++][0]) {
+    struct task task = task_of(all, document, before);
+    if (task.own_from == task.tokens) continue; /* another document is the same */
+    const size_t packed = packed_size(&task);
+    char *from = all->workspace;
+    task.k_left = take(&from, packed);
+    task.v_left = take(&from, packed);
+    task.scratch = from;
+    task.scratch_size = forward_size(task.columns);
+    run_items(&task, attention_pack_keys, threads, parallel);
+    run_items(&task, attend_items, threads, parallel);
+  }
 }
 
 #endif

@@ -20,17 +20,17 @@ enum {
   WIDTH = 4, /* blocks of queries and blocks of keys that are handled together, while in L2 */
 };
 
-/* What to compute: pointers and sizes as in `attend`, and memory that the threads share. */
+/* What to compute for a document, and memory that the threads share. */
 struct task {
-  const float *dout, *q, *k, *v, *result, *known_normalizer;
-  float *out, *normalizer, *dq, *dk, *dv;
-  long tokens, heads, kv_heads, head_dim;
-  long dout_stride, q_stride, k_stride, v_stride;
-  float scale;
-  long blocks;   /* of 32 tokens */
-  long columns;  /* blocks of 32 elements of a head */
-  long groups;   /* of WIDTH blocks */
-  long splits;   /* of a head's queries, to divide the work among threads; backward only */
+  attended all;
+  attention_gradients gradients; /* backward only */
+  const int64_t *places;         /* of its tokens */
+  float *normalizer;             /* its own */
+  long tokens, own_from;         /* the first token that is its own */
+  long blocks, first_block;      /* of 32 tokens; the first with a token of its own */
+  long columns;                  /* blocks of 32 elements of a head */
+  long groups, first_group;      /* of WIDTH blocks; the first with queries */
+  long splits; /* of a head's queries, to divide the work among threads; backward only */
   element *k_left, *k_left_transposed, *v_left; /* [kv head][block][column][BLOCK] */
   float *dk_parts, *dv_parts;                   /* [split][head][block][column][AREA] */
   char *scratch;                                /* of all threads */
@@ -45,8 +45,20 @@ static inline void *take(char **from, size_t bytes) {
   return start;
 }
 
-UNITS_INLINE void pack_block(const float *x, long stride, long rows, enum use use, element *to) {
-  pack_scaled(x, stride, rows, use, 1, to);
+/* A block of 32 tokens from `row` on, of some columns. */
+UNITS_INLINE placed_rows block_of(const struct task *task, const float *columns, long stride,
+                                  long row) {
+  return (placed_rows){columns, stride, task->places + row, 0, task->tokens - row};
+}
+
+UNITS_INLINE void pack_block(placed_rows x, enum use use, element *to) {
+  pack_scaled(x, use, 1, to);
+}
+
+/* Of a group of blocks: those at its start that are another document's. */
+static inline long blocks_before_own(const struct task *task, long group) {
+  const long before = task->first_block - group * WIDTH;
+  return before > 0 ? before : 0;
 }
 
 /* Hides the scores of later keys in a block on the diagonal: key i is seen by queries i and up. */

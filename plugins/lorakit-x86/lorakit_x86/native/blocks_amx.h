@@ -76,17 +76,16 @@ AMX_INLINE void split_rows(__m512 x[2][2], bf16 *left, bf16 *right) {
 }
 
 /* A 32 x 32 block of X, scaled, as parts in tiles. */
-AMX_INLINE void pack_scaled(const float *x, long stride, long rows, enum use use, float scale,
-                            bf16 *to) {
+AMX_INLINE void pack_scaled(placed_rows x, enum use use, float scale, bf16 *to) {
   const __m512 factor = _mm512_set1_ps(scale);
   for (int half = 0; half < 2; half++, to += TILE) {
     __m512 first[16], second[16];
     if (use & SUMS_ROWS) {
-      load_rows(x + 16 * half, stride, rows, first);
-      load_rows(x + 16 * half + 16 * stride, stride, rows - 16, second);
+      load_placed(x, 0, 16 * half, first);
+      load_placed(x, 16, 16 * half, second);
     } else {
-      load_rows(x + 16 * half * stride, stride, rows - 16 * half, first);
-      load_rows(x + 16 * half * stride + 16, stride, rows - 16 * half, second);
+      load_placed(x, 16 * half, 0, first);
+      load_placed(x, 16 * half, 16, second);
     }
     if (use & TRANSPOSES) {
       transpose((__m512i *)first);

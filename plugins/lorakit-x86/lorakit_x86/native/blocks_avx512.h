@@ -47,14 +47,13 @@ AVX512_INLINE void split_rows(__m512 x[2][2], float *left, float *right) {
 }
 
 /* A 32 x 32 block of X, scaled. */
-AVX512_INLINE void pack_scaled(const float *x, long stride, long rows, enum use use, float scale,
-                               float *to) {
+AVX512_INLINE void pack_scaled(placed_rows x, enum use use, float scale, float *to) {
   const __m512 factor = _mm512_set1_ps(scale);
   const int transposed = use & TRANSPOSES;
   for (int down = 0; down < 2; down++)
     for (int across = 0; across < 2; across++) {
       __m512 part[16];
-      load_rows(x + 16 * down * stride + 16 * across, stride, rows - 16 * down, part);
+      load_placed(x, 16 * down, 16 * across, part);
       if (transposed) transpose((__m512i *)part);
       float *corner = transposed ? to + across * TILE + 16 * down : to + down * TILE + 16 * across;
       for (int i = 0; i < 16; i++)

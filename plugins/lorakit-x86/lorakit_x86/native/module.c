@@ -228,48 +228,66 @@ static PyObject *py_rotate(PyObject *self, PyObject *args) {
 static PyObject *py_attention_bytes(PyObject *self, PyObject *args) {
   (void)self;
   long tokens, heads, kv_heads, head_dim;
-  int units, threads;
-  if (!PyArg_ParseTuple(args, "illlli", &units, &tokens, &heads, &kv_heads, &head_dim, &threads))
+  int units;
+  unsigned threads;
+  if (!PyArg_ParseTuple(args, "illllI", &units, &tokens, &heads, &kv_heads, &head_dim, &threads))
     return NULL;
   return PyLong_FromLong(
       kernels[units].attention->bytes(tokens, heads, kv_heads, head_dim, threads));
 }
 
+static int parse_attended(PyObject *given, attended *all) {
+  address q, k, v, out, normalizer, workspace, places, lengths;
+  if (!PyArg_ParseTuple(given, "KlKlKlKKKlllfKKl", &q, &all->q_stride, &k, &all->k_stride, &v,
+                        &all->v_stride, &out, &normalizer, &workspace, &all->heads, &all->kv_heads,
+                        &all->head_dim, &all->scale, &places, &lengths, &all->documents))
+    return 0;
+  all->q = numbers_at(q);
+  all->k = numbers_at(k);
+  all->v = numbers_at(v);
+  all->out = numbers_at(out);
+  all->normalizer = numbers_at(normalizer);
+  all->workspace = (char *)numbers_at(workspace);
+  all->places = (const int64_t *)(uintptr_t)places;
+  all->lengths = (const int64_t(*)[2])(uintptr_t)lengths;
+  return 1;
+}
+
 static PyObject *py_attend(PyObject *self, PyObject *args) {
   (void)self;
-  address q, k, v, out, normalizer, workspace, parallel;
-  long tokens, heads, kv_heads, head_dim, q_stride, k_stride, v_stride;
-  float scale;
-  int units, threads;
-  if (!PyArg_ParseTuple(args, "iKKKKKKlllllllfiK", &units, &q, &k, &v, &out, &normalizer, &workspace,
-                        &tokens, &heads, &kv_heads, &head_dim, &q_stride, &k_stride, &v_stride,
-                        &scale, &threads, &parallel))
+  address parallel;
+  PyObject *given;
+  attended all;
+  int units;
+  unsigned threads;
+  if (!PyArg_ParseTuple(args, "iO!IK", &units, &PyTuple_Type, &given, &threads, &parallel) ||
+      !parse_attended(given, &all))
     return NULL;
   Py_BEGIN_ALLOW_THREADS;
-  kernels[units].attention->attend(
-      numbers_at(q), numbers_at(k), numbers_at(v), numbers_at(out), numbers_at(normalizer),
-      (char *)numbers_at(workspace), tokens, heads, kv_heads, head_dim, q_stride, k_stride, v_stride,
-      scale, threads, (parallel_fn)(uintptr_t)parallel);
+  kernels[units].attention->attend(&all, threads, (parallel_fn)(uintptr_t)parallel);
   Py_END_ALLOW_THREADS;
   Py_RETURN_NONE;
 }
 
 static PyObject *py_attend_backward(PyObject *self, PyObject *args) {
   (void)self;
-  address dout, q, k, v, out, normalizer, dq, dk, dv, workspace, parallel;
-  long tokens, heads, kv_heads, head_dim, dout_stride, q_stride, k_stride, v_stride;
-  float scale;
-  int units, threads;
-  if (!PyArg_ParseTuple(args, "iKKKKKKKKKKllllllllfiK", &units, &dout, &q, &k, &v, &out, &normalizer, &dq,
-                        &dk, &dv, &workspace, &tokens, &heads, &kv_heads, &head_dim, &dout_stride,
-                        &q_stride, &k_stride, &v_stride, &scale, &threads, &parallel))
+  address dout, dq, dk, dv, parallel;
+  PyObject *given;
+  attended all;
+  attention_gradients gradients;
+  int units;
+  unsigned threads;
+  if (!PyArg_ParseTuple(args, "iKlKKKO!IK", &units, &dout, &gradients.dout_stride, &dq, &dk, &dv,
+                        &PyTuple_Type, &given, &threads, &parallel) ||
+      !parse_attended(given, &all))
     return NULL;
+  gradients.dout = numbers_at(dout);
+  gradients.dq = numbers_at(dq);
+  gradients.dk = numbers_at(dk);
+  gradients.dv = numbers_at(dv);
   Py_BEGIN_ALLOW_THREADS;
-  kernels[units].attention->attend_backward(
-      numbers_at(dout), numbers_at(q), numbers_at(k), numbers_at(v), numbers_at(out),
-      numbers_at(normalizer), numbers_at(dq), numbers_at(dk), numbers_at(dv),
-      (char *)numbers_at(workspace), tokens, heads, kv_heads, head_dim, dout_stride, q_stride,
-      k_stride, v_stride, scale, threads, (parallel_fn)(uintptr_t)parallel);
+  kernels[units].attention->attend_backward(&all, &gradients, threads,
+                                            (parallel_fn)(uintptr_t)parallel);
   Py_END_ALLOW_THREADS;
   Py_RETURN_NONE;
 }

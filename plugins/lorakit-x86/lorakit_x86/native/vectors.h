@@ -63,6 +63,23 @@ AVX512_INLINE void load_rows(const float *from, long stride, long there, __m512 
     rows[i] = i < there ? _mm512_loadu_ps(from + i * stride) : _mm512_setzero_ps();
 }
 
+/* Rows of a matrix, row i of which is `places[i]` times `stride` from where it starts; those before
+   `first` and from `end` on are taken for zeros. */
+typedef struct {
+  const float *from;
+  long stride;
+  const int64_t *places;
+  long first, end;
+} placed_rows;
+
+/* 16 columns of 16 rows, from there on. */
+AVX512_INLINE void load_placed(placed_rows x, long row, long column, __m512 rows[16]) {
+  for (long i = 0; i < 16; i++)
+    rows[i] = row + i >= x.first && row + i < x.end
+                  ? _mm512_loadu_ps(x.from + x.places[row + i] * x.stride + column)
+                  : _mm512_setzero_ps();
+}
+
 /* 2^x to 1e-7, relative; 0 for very negative numbers. */
 AVX512_INLINE __m512 power_of_2(__m512 x) {
   const __m512 whole = _mm512_roundscale_ps(x, 0);
