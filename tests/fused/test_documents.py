@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -109,6 +111,26 @@ def test_attention_by_kernels_of_tensors_that_lie_otherwise():
         assert torch.equal(ours, expected)
     with plain_path():
         torch.testing.assert_close(found[0][0], document_attention(q, k, v, layout))
+
+
+@pytest.mark.usefixtures("kernels")
+def test_attention_by_kernels_of_documents_that_share_beginnings():
+    """As without sharing, though what shared tokens see is computed once; in any order of lengths."""
+    whole = slice(0, 150)
+    segments = [(whole,), (slice(0, 90), slice(150, 200)), (slice(0, 90), slice(200, 200))]
+    segments += [(slice(0, 33), slice(200, 263)), (slice(0, 33), slice(200, 210), slice(263, 264))]
+    layout = Layout.of_segments(segments)
+    q, k, v = (torch.randn(264, heads, 64) for heads in (4, 2, 2))
+    dout = torch.randn(264, 4, 64)
+    found = []
+    for plain in (False, True):
+        inputs = [x.clone().requires_grad_() for x in (q, k, v)]
+        with plain_path() if plain else nullcontext():
+            out = document_attention(*inputs, layout)
+        found.append((out, *torch.autograd.grad(out, inputs, dout)))
+    assert not torch.equal(found[0][0], found[1][0])
+    for ours, expected in zip(*found, strict=True):
+        torch.testing.assert_close(ours, expected, atol=1e-5, rtol=1e-5)
 
 
 def test_memory_that_kernels_take_for_attention_is_counted(monkeypatch):

@@ -55,8 +55,8 @@ class _AttentionByKernels(torch.autograd.Function):
         if isinstance(q, FakeTensor):
             kept = q.new_empty(q.shape[1], len(documents.places))
         else:
-            inputs = map(_heads_in_order, (q, k, v))
-            kept = kernels.attend(*inputs, documents, scale, out, workspace)
+            inputs = [_heads_in_order(x) for x in (q, k, v)]
+            kept = kernels.attend(inputs[0], inputs[1], inputs[2], documents, scale, out, workspace)
         ctx.kernels, ctx.layout, ctx.scale = kernels, layout, scale
         ctx.save_for_backward(q, k, v, out, kept)
         return out
@@ -68,7 +68,7 @@ class _AttentionByKernels(torch.autograd.Function):
         into = empty_like(q), empty_like(k), empty_like(v)
         workspace = _workspace(ctx.kernels, q, k, ctx.layout)
         if not isinstance(q, FakeTensor):
-            given = map(_heads_in_order, (dout, q, k, v))
+            given = [_heads_in_order(x) for x in (dout, q, k, v)]
             documents = documents_of(ctx.layout)
             ctx.kernels.attend_backward(*given, documents, out, kept, ctx.scale, into, workspace)
         return None, *into, None, None

@@ -234,8 +234,8 @@ def _check_attention(
 ) -> None:
     scale = 0.2
     dout = torch.randn_like(q)
-    wide = (x.double() for x in (q, k, v, dout))
-    exact, theirs = _attention(*wide, scale, segments), _attention(q, k, v, dout, scale, segments)
+    exact = _attention([x.double() for x in (q, k, v)], dout.double(), scale, segments)
+    theirs = _attention((q, k, v), dout, scale, segments)
     layout = Layout.of_segments(segments)
     documents, longest = documents_of(layout), max(layout.lengths)
     found = []
@@ -256,15 +256,15 @@ def _check_attention(
 
 
 def _attention(
-    q: Tensor, k: Tensor, v: Tensor, dout: Tensor, scale: float, segments: Sequence[Segments]
+    given: Sequence[Tensor], dout: Tensor, scale: float, segments: Sequence[Segments]
 ) -> tuple[Tensor, ...]:
     """The result `[T, H, Dh]` and the gradients of q, k and v, by plain autograd."""
-    inputs = [x.clone().requires_grad_() for x in (q, k, v)]
+    inputs = [x.clone().requires_grad_() for x in given]
     results = []
     for parts in segments:
-        document = (torch.cat([x[part] for part in parts]) for x in inputs)
+        q, k, v = (torch.cat([x[part] for part in parts]) for x in inputs)
         own = parts[-1].stop - parts[-1].start
-        whole = _document_attention(*document, scale)
+        whole = _document_attention(q, k, v, scale)
         results.append(whole[len(whole) - own :])
     out = torch.cat(results)
     return (out.detach(), *torch.autograd.grad(out, inputs, dout))

@@ -52,6 +52,7 @@ def rotate(*arguments: int) -> None:
 def attention_bytes(
     units: int, tokens: int, heads: int, kv_heads: int, head_dim: int, threads: int, /
 ) -> int: ...
+
 Attended = tuple[float, ...]
 """q, k and v, each with its stride; out, normalizer, workspace; heads, kv_heads, head_dim; scale;
 places, lengths, documents."""

@@ -8,9 +8,9 @@ from pathlib import Path
 from types import ModuleType
 
 import torch
-from lorakit.kernel_protocol import Documents
 from torch import Tensor
 
+from lorakit.kernel_protocol import Documents
 from lorakit_x86 import AMX, AVX512
 
 FEWEST_ROWS = 64

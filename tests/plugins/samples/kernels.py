@@ -94,9 +94,7 @@ def load():
             out.copy_(attended(*(x.double() for x in (q, k, v)), documents, scale))
             return torch.empty(0)
 
-        def attend_backward(
-            self, dout, q, k, v, documents, out, kept, scale, into, workspace
-        ):
+        def attend_backward(self, dout, q, k, v, documents, out, kept, scale, into, workspace):
             self.asked.write("attend_backward\n")
             inputs = [x.double().requires_grad_() for x in (q, k, v)]
             with torch.enable_grad():
