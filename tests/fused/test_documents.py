@@ -115,7 +115,7 @@ def test_attention_by_kernels_of_tensors_that_lie_otherwise():
 
 @pytest.mark.usefixtures("kernels")
 def test_attention_by_kernels_of_documents_that_share_beginnings():
-    """As without sharing, though what shared tokens see is computed once; in any order of lengths."""
+    """As without sharing, though what shared tokens see is computed once."""
     whole = slice(0, 150)
     segments = [(whole,), (slice(0, 90), slice(150, 200)), (slice(0, 90), slice(200, 200))]
     segments += [(slice(0, 33), slice(200, 263)), (slice(0, 33), slice(200, 210), slice(263, 264))]

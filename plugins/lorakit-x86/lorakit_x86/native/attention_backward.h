@@ -196,7 +196,7 @@ UNITS static void weigh_group(struct task *task, struct backward *memory, const 
       multiply_and_weigh(keys->v + i * packed, memory->dout_transposed + j * packed, columns,
                          dweights + (j - start) * AREA, &pending.work);
     finish_work(&pending.work, gradients_step);
-    if (diagonal)
+    if (diagonal && start == i)
       mask_diagonal(scores, -1e30f);
     pending = (struct gradients){
         .work = {.left = 16 * (queries - start), .interval = 12 * columns},
