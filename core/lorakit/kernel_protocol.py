@@ -19,8 +19,8 @@ class Documents:
     """Where the tokens of a micro-batch's documents lie.
 
     Attributes:
-        places: `[S]` int64, for each token of each document, one after the other, in which of T
-            rows it is.
+        places: `[S]` int64, contiguous: for each token of each document, one after the other, in
+            which of T rows it is.
         lengths: `[N, 2]` int64, contiguous: of each document its tokens, and how many of them, the
             last, are its own.  The others are those of documents before it.
     """
@@ -164,8 +164,8 @@ class Kernels(Protocol):
         ...
 
     def attends(self, q: Tensor, k: Tensor) -> bool:
-        """Whether `attend` is faster than torch for documents of q `[T, H, Dh]` and k
-        `[T, Hkv, Dh]`."""
+        """Whether `attend` is faster than torch for a micro-batch of q `[T, H, Dh]` and k
+        `[T, Hkv, Dh]`, its documents together."""
         ...
 
     def attention_bytes(self, q: Tensor, k: Tensor) -> int:

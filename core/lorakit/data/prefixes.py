@@ -17,8 +17,8 @@ from collections.abc import Sequence
 from lorakit.modules.layout import Segments, apart
 
 SHORTEST, SMALLEST_SHARE = 16, 1 / 16
-"""Tokens in common, and their share of the document, from which on it is worth it: the document has
-its queries, keys and values copied together in each layer."""
+"""Tokens in common, and their share of the document, from which on it is worth it: without kernels
+the document has its queries, keys and values copied together in each layer."""
 
 
 def arranged(documents: Sequence[array[int]]) -> tuple[list[int], list[Segments]]:

@@ -149,15 +149,15 @@ def document_attention(
 ) -> Tensor:
     """Causal attention that never crosses a document's border.
 
-    On CUDA, one call of torch's kernel for documents of any lengths, where that takes them.  Else
-    documents are attended one at a time: on short ones that is faster than one masked product over
-    all, and needs no [T, T] mask.
+    On CUDA, one call of torch's kernel for documents of any lengths, where that takes them; on a
+    CPU, one call of the kernels in use, if there are any.  Else documents are attended one at a
+    time: on short ones that is faster than one masked product over all, and needs no [T, T] mask.
 
     Args:
         q: `[T, H, Dh]`.
         k: `[S, Hkv, Dh]`; S is T, or for a single document more, when a cache holds its start.
         v: Like k.
-        layout: The documents; tokens that they share are attended once for each.
+        layout: The documents; without kernels, tokens that they share are attended once for each.
         window: See at most so many tokens, oneself included.
         scale: Of the scores; None means 1/sqrt(Dh).
         softcap: Scores s become softcap * tanh(s / softcap).
@@ -167,7 +167,7 @@ def document_attention(
     """
     plain = softcap is None and (window is None or max(layout.lengths) <= window)
     if plain and len(q) == len(k) and fused_now():
-        kernels = kernels_attending(q, k)
+        kernels = kernels_attending(q, k, v)
         if kernels is not None:
             return attend_by_kernels(kernels, q, k, v, layout, scale)
         if has_flash(q, k):

@@ -17,11 +17,12 @@ from lorakit.modules.matmul import kernels_for_such
 from lorakit.scratch import scratch
 
 
-def kernels_attending(q: Tensor, k: Tensor) -> Kernels | None:
-    """Those in use, if they attend documents of q `[T, H, Dh]` and k `[T, Hkv, Dh]`; of fake
+def kernels_attending(q: Tensor, k: Tensor, v: Tensor) -> Kernels | None:
+    """Those in use, if they attend documents of q `[T, H, Dh]`, and k and v `[T, Hkv, Dh]`; of fake
     tensors, those that would."""
     kernels = kernels_for_such(q)
-    return kernels if kernels is not None and kernels.attends(q, k) else None
+    alike = {(x.dtype, x.device) for x in (q, k, v)}
+    return kernels if kernels is not None and len(alike) == 1 and kernels.attends(q, k) else None
 
 
 def attend_by_kernels(
@@ -52,10 +53,10 @@ class _AttentionByKernels(torch.autograd.Function):
     ) -> Tensor:
         documents = documents_of(layout)
         out, workspace = empty_like(q), _workspace(kernels, q, k, layout)
+        inputs = [_heads_in_order(x) for x in (q, k, v)]
         if isinstance(q, FakeTensor):
             kept = q.new_empty(q.shape[1], len(documents.places))
         else:
-            inputs = [_heads_in_order(x) for x in (q, k, v)]
             kept = kernels.attend(inputs[0], inputs[1], inputs[2], documents, scale, out, workspace)
         ctx.kernels, ctx.layout, ctx.scale = kernels, layout, scale
         ctx.save_for_backward(q, k, v, out, kept)
@@ -67,8 +68,8 @@ class _AttentionByKernels(torch.autograd.Function):
         q, k, v, out, kept = ctx.saved_tensors
         into = empty_like(q), empty_like(k), empty_like(v)
         workspace = _workspace(ctx.kernels, q, k, ctx.layout)
+        given = [_heads_in_order(x) for x in (dout, q, k, v)]
         if not isinstance(q, FakeTensor):
-            given = [_heads_in_order(x) for x in (dout, q, k, v)]
             documents = documents_of(ctx.layout)
             ctx.kernels.attend_backward(*given, documents, out, kept, ctx.scale, into, workspace)
         return None, *into, None, None
@@ -89,6 +90,8 @@ def documents_of(layout: Layout) -> Documents:
 def _documents(layout: Layout) -> Documents:
     places = layout.places
     own = [parts[-1].stop - parts[-1].start for parts in layout.segments]
+    # Kernels write where they are told to.
+    assert sum(own) == len(layout.positions)
     return Documents(
         torch.arange(sum(layout.lengths)) if places is None else places,
         torch.tensor([*zip(layout.lengths, own, strict=True)], dtype=torch.int64),

@@ -236,7 +236,10 @@ def _check_attention(
     kernels: Kernels, q: Tensor, k: Tensor, v: Tensor, segments: Sequence[Segments]
 ) -> None:
     scale = 0.2
-    dout = torch.randn_like(q)
+    # As parts of one larger tensor, as layers that share their input make them.
+    q, k, v, dout = (
+        torch.cat([x, x], dim=1)[:, : x.shape[1]] for x in (q, k, v, torch.randn_like(q))
+    )
     exact = _attention([x.double() for x in (q, k, v)], dout.double(), scale, segments)
     theirs = _attention((q, k, v), dout, scale, segments)
     layout = Layout.of_segments(segments)
@@ -244,11 +247,11 @@ def _check_attention(
     found = []
     for threads in (1, 2):
         with _torch_threads(threads):
-            out = torch.empty_like(q)
+            out = torch.empty(q.shape)
             size = kernels.attention_bytes(q[:longest], k[:longest])
             workspace = torch.empty(size, dtype=torch.uint8)
             kept = kernels.attend(q, k, v, documents, scale, out, workspace)
-            into = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+            into = torch.empty(q.shape), torch.empty(k.shape), torch.empty(v.shape)
             kernels.attend_backward(
                 dout, q, k, v, documents, out, kept, scale, into, workspace.clone()
             )

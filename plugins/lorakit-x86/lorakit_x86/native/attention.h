@@ -15,7 +15,8 @@
  * those of documents before it, and are seen, but what they see is not computed again.
  *
  * normalizer has heads times the tokens of a document for each, as [heads, tokens]: the logarithms of
- * the softmax's sums, for the backward pass; of tokens of its own.
+ * the softmax's sums, for the backward pass; of all tokens from the 32 on that the first of its own is
+ * one of.
  *
  * workspace is what `bytes` says of the longest document, at a multiple of 64.  A NaN of v may reach
  * the 31 tokens before it. */

@@ -123,8 +123,9 @@ static struct backward backward_memory(char **from, long columns) {
   memory.scores[1] = take(from, WIDTH * block);
   memory.dscores = take(from, WIDTH * WIDTH * block);
   memory.weights_left = take(from, group);
-  memory.dscores_left = memory.dscores_right = (element *)memory.dscores;
-  if (!RESULTS_ARE_FACTORS) {
+  if (RESULTS_ARE_FACTORS) {
+    memory.dscores_left = memory.dscores_right = (element *)memory.dscores;
+  } else {
     memory.dscores_left = take(from, group);
     memory.dscores_right = take(from, group);
   }
@@ -259,26 +260,6 @@ UNITS static void add_gradients(struct task *task, struct backward *memory, cons
                !first_keys, NULL, NULL);
 }
 
-/* dq of 32 queries, from its transpose. */
-UNITS static void write_dq(struct task *task, const float *from, long head, long block) {
-  const attended *all = &task->all;
-  const long stride = all->heads * all->head_dim;
-  float *to = task->gradients.dq + head * all->head_dim;
-  for (long column = 0; column < 2 * task->columns; column++)
-    for (int half = 0; half < 2; half++) {
-      __m512 rows[16];
-      load_rows(from + column * AREA / 2 + 16 * half, SIDE, 16, rows);
-      for (int i = 0; i < 16; i++)
-        rows[i] = _mm512_mul_ps(rows[i], _mm512_set1_ps(all->scale));
-      transpose((__m512i *)rows);
-      for (long i = 0; i < 16; i++) {
-        const long token = block * SIDE + 16 * half + i;
-        if (token >= task->own_from && token < task->tokens)
-          _mm512_storeu_ps(to + task->places[token] * stride + 16 * column, rows[i]);
-      }
-    }
-}
-
 /* The first group of queries of a split.  All splits take about the same time: the later a query,
  * the more keys it sees. */
 static long split_start(struct task *task, long split) {
@@ -311,8 +292,9 @@ UNITS static void backward_group(struct task *task, struct backward *memory, lon
     add_gradients(task, memory, &keys, queries, key == first,
                   key == first || group == split_start(task, split), key == 0);
   }
+  const __m512 scale = _mm512_set1_ps(task->all.scale), factors[2] = {scale, scale};
   for (long j = memory->before_own; j < queries; j++)
-    write_dq(task, memory->dq + j * columns * AREA, head, first + j);
+    store_own(task, memory->dq + j * columns * AREA, factors, task->gradients.dq, head, first + j);
 }
 
 UNITS static void backward_items(void *data) {

@@ -170,6 +170,28 @@ UNITS_INLINE void finish_chunk(struct task *task, struct forward *memory, struct
   chunk->count = 0;
 }
 
+/* What belongs to 32 queries of a head, from its transpose, each query's times a factor; to the rows
+ * of the document's own. */
+UNITS static void store_own(const struct task *task, const float *transposed, const __m512 factors[2],
+                            float *to, long head, long block) {
+  const long stride = task->all.heads * task->all.head_dim;
+  to += head * task->all.head_dim;
+  for (long column = 0; column < 2 * task->columns; column++)
+    for (int half = 0; half < 2; half++) {
+      __m512 rows[16];
+      for (int i = 0; i < 16; i++) {
+        const float *from = transposed + column * AREA / 2 + i * SIDE + 16 * half;
+        rows[i] = _mm512_mul_ps(_mm512_load_ps(from), factors[half]);
+      }
+      transpose((__m512i *)rows);
+      for (long i = 0; i < 16; i++) {
+        const long token = block * SIDE + 16 * half + i;
+        if (token >= task->own_from && token < task->tokens)
+          _mm512_storeu_ps(to + task->places[token] * stride + 16 * column, rows[i]);
+      }
+    }
+}
+
 /* Results of 32 queries, to their rows of `out`. */
 UNITS static void finish_queries(struct task *task, long head, long block, const float *sums,
                                struct state *state) {
@@ -186,21 +208,7 @@ UNITS static void finish_queries(struct task *task, long head, long block, const
   float *normalizer = task->normalizer + head * task->tokens + first;
   for (long i = 0; i < there; i++)
     normalizer[i] = (float)(offset[i] / (double)LOG2_E + logf(sum[i]));
-  const long stride = task->all.heads * task->all.head_dim;
-  float *out = task->all.out + head * task->all.head_dim;
-  for (long column = 0; column < 2 * task->columns; column++)
-    for (int half = 0; half < 2; half++) {
-      __m512 rows[16];
-      load_rows(sums + column * AREA / 2 + 16 * half, SIDE, 16, rows);
-      for (int i = 0; i < 16; i++)
-        rows[i] = _mm512_mul_ps(rows[i], inverse[half]);
-      transpose((__m512i *)rows);
-      for (long i = 0; i < 16; i++) {
-        const long token = first + 16 * half + i;
-        if (token >= task->own_from && token < task->tokens)
-          _mm512_storeu_ps(out + task->places[token] * stride + 16 * column, rows[i]);
-      }
-    }
+  store_own(task, sums, inverse, task->all.out, head, block);
 }
 
 UNITS static void pack_queries(struct task *task, struct forward *memory, long head, long block,

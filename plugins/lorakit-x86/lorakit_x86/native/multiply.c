@@ -45,12 +45,17 @@ static void take_share(factors *f, int by_rows, int transposed, long start) {
   }
 }
 
+/* W is copied by each share of the rows, x, if at all, by each of the columns: the smaller of them. */
+static int cut_by_rows(const product *p, const multiply_units *units, long shares) {
+  if (!units->copies_x && p->columns % (shares * units->block) == 0) return 0;
+  return p->rows > p->columns;
+}
+
 static void multiply_shares(void *data) {
   work *all = data;
   for (long i; (i = atomic_fetch_add(&all->next, 1)) < all->shares;) {
     product p = *all->whole;
-    /* W is copied by each share of the rows, x by each of the columns: the smaller of them. */
-    const int by_rows = p.rows > p.columns;
+    const int by_rows = cut_by_rows(&p, all->units, all->shares);
     const long count = by_rows ? p.rows : p.columns;
     /* Blocks are whole in all but the last. */
     const long each = round_up(divided_up(count, all->shares), all->units->block), start = i * each;

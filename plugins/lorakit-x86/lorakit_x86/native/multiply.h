@@ -39,6 +39,8 @@ typedef struct {
   int (*multiply)(const product *p);
   /* Columns are made so many at a time. */
   long block;
+  /* Whether x is copied, and so once more for each share of the columns. */
+  int copies_x;
 } multiply_units;
 
 extern const multiply_units multiply_on_amx, multiply_on_avx512;
@@ -55,14 +57,6 @@ void *kept(long bytes);
 /* bf16 numbers as fp32. */
 AVX512_INLINE __m512 widened(__m256i numbers) {
   return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(numbers), 16));
-}
-
-/* Of a row of W so many of 16 numbers from `at` on, and zeros. */
-AVX512_INLINE __m512 load_weight(matrix w, long row, long at, long count) {
-  const long place = row * w.stride + at;
-  if (!w.bf16) return load_numbers((const float *)w.values + place, count);
-  const uint16_t *from = (const uint16_t *)w.values + place;
-  return widened(_mm256_maskz_loadu_epi16(first_of_16(count), from));
 }
 
 #endif

@@ -23,6 +23,14 @@ AMX_INLINE numbers load(const float *row, long at, long left) {
   return x;
 }
 
+/* Of a row of W so many of 16 numbers from `at` on, and zeros. */
+AVX512_INLINE __m512 load_weight(matrix w, long row, long at, long count) {
+  const long place = row * w.stride + at;
+  if (!w.bf16) return load_numbers((const float *)w.values + place, count);
+  const uint16_t *from = (const uint16_t *)w.values + place;
+  return widened(_mm256_maskz_loadu_epi16(first_of_16(count), from));
+}
+
 AMX_INLINE numbers load_weights(matrix w, long row, long at, long left) {
   numbers x = {load_weight(w, row, at, left), load_weight(w, row, at + 16, left - 16)};
   return x;
@@ -233,6 +241,6 @@ AMX static int multiply_share(const product *p) {
   return multiply_on_avx512.multiply(&rest);
 }
 
-const multiply_units multiply_on_amx = {.multiply = multiply_share, .block = WIDE};
+const multiply_units multiply_on_amx = {.multiply = multiply_share, .block = WIDE, .copies_x = 1};
 
 #endif

@@ -116,12 +116,11 @@ static void multiply_rows(const product *p, part a, part b, const float *w, long
 /* Adds up one part, or two. */
 static void multiply_parts(const product *p, part a, part b, int add, float *w) {
   const long inner = a.inner + b.inner, width = WEIGHT_BYTES / 4 / inner / PANEL * PANEL;
+  const copy_fn copy = p->transposed ? copy_transposed : copy_straight;
   for (long column = 0; column < p->columns; column += width) {
     const long columns = smaller(p->columns - column, width);
-    (p->transposed ? copy_transposed : copy_straight)(a, column, columns, inner * PANEL, w);
-    if (b.inner)
-      (p->transposed ? copy_transposed : copy_straight)(b, column, columns, inner * PANEL,
-                                                        w + a.inner * PANEL);
+    copy(a, column, columns, inner * PANEL, w);
+    if (b.inner) copy(b, column, columns, inner * PANEL, w + a.inner * PANEL);
     multiply_rows(p, a, b, w, column, columns, add);
   }
 }
@@ -144,6 +143,7 @@ static int multiply_share(const product *p) {
   return 0;
 }
 
-const multiply_units multiply_on_avx512 = {.multiply = multiply_share, .block = PANEL};
+const multiply_units multiply_on_avx512 = {
+    .multiply = multiply_share, .block = PANEL, .copies_x = 0};
 
 #endif

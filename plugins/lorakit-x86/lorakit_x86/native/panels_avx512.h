@@ -41,7 +41,10 @@ AVX512_INLINE void store_scaled(float *to, __m512 numbers, const float *scale) {
   _mm512_store_ps(to, scale ? _mm512_mul_ps(numbers, _mm512_set1_ps(*scale)) : numbers);
 }
 
-/* W [inner, columns]; panels are `length` numbers long. */
+/* Copies so many columns of the product's right side; panels are `length` numbers long. */
+typedef void (*copy_fn)(part a, long column, long columns, long length, float *to);
+
+/* W [inner, columns]. */
 AVX512 static void copy_straight(part a, long column, long columns, long length, float *to) {
   const matrix w = a.from->weight;
   const float *scale = a.from->scale ? a.from->scale + a.at : NULL;

@@ -57,12 +57,6 @@ AVX512_INLINE void transpose(__m512i r[16]) {
   }
 }
 
-/* 16 columns of up to 16 rows; rows beyond those there are, are zeros. */
-AVX512_INLINE void load_rows(const float *from, long stride, long there, __m512 rows[16]) {
-  for (int i = 0; i < 16; i++)
-    rows[i] = i < there ? _mm512_loadu_ps(from + i * stride) : _mm512_setzero_ps();
-}
-
 /* Rows of a matrix, row i of which is `places[i]` times `stride` from where it starts; those before
    `first` and from `end` on are taken for zeros. */
 typedef struct {
