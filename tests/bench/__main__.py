@@ -28,6 +28,7 @@ def parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     made.add_argument("--only", action="append", choices=PARTS, help="a part; repeatable")
+    made.add_argument("--run", default="", help="of these parts, only runs with this in their name")
     made.add_argument("--steps", type=int, default=2, help="counted steps, after one to warm up")
     made.add_argument("--peers-python", type=Path, help="a Python that has TRL and PEFT")
     made.add_argument("--results", type=Path, default=results.FILE, help="the JSON file")
@@ -35,15 +36,27 @@ def parser() -> argparse.ArgumentParser:
     return made
 
 
-def measure(part: str, inputs: Inputs, steps: int, file: Path) -> None:
-    """Makes the runs of a part; each is saved as soon as it is done."""
+def measure(part: str, inputs: Inputs, steps: int, file: Path, name: str = "") -> None:
+    """Makes the runs of a part; each is saved as soon as it is done.
+
+    Args:
+        part: One of `PARTS`.
+        inputs: The model and the rows.
+        steps: Counted ones.
+        file: The results.
+        name: Only runs with this in their name; date and commit stay those of the others.
+    """
     found = results.load(file)
     peers = inputs.peers_python if part in WITH_PEERS else None
-    found["sittings"][part] = results.sitting(steps, peers)
+    if not name:
+        found["sittings"][part] = results.sitting(steps, peers)
     began = time.perf_counter()
-    found["runs"] = {n: r for n, r in found["runs"].items() if r["part"] != part}
+    orders = {n: r["order"] for n, r in found["runs"].items()}
+    found["runs"] = {n: r for n, r in found["runs"].items() if r["part"] != part or name not in n}
     # What runs depends on `found`: a part may go by the results of the parts before it.
     for variant in PARTS[part](inputs, steps + results.WARM_UP, found):
+        if name not in variant.name:
+            continue
         started = time.perf_counter()
         try:
             run = variant.make()
@@ -52,8 +65,10 @@ def measure(part: str, inputs: Inputs, steps: int, file: Path) -> None:
         before = found["runs"].get(variant.name)
         if before is not None:
             run = results.pooled(before, run)
-        found["runs"][variant.name] = {"part": part, "order": len(found["runs"]), **run}
-        found["sittings"][part]["seconds"] = time.perf_counter() - began
+        order = orders[variant.name] if name and variant.name in orders else len(found["runs"])
+        found["runs"][variant.name] = {"part": part, "order": order, **run}
+        if not name:
+            found["sittings"][part]["seconds"] = time.perf_counter() - began
         results.save(found, file)
         print(
             f"{part}: {variant.name}: {report.brief(run)}  ({time.perf_counter() - started:.0f} s)",
@@ -66,7 +81,7 @@ def main() -> None:
     if not given.report:
         inputs = Inputs(given.peers_python)
         for part in given.only or PARTS:
-            measure(part, inputs, given.steps, given.results)
+            measure(part, inputs, given.steps, given.results, given.run)
     report.write(results.load(given.results))
 
 

@@ -56,8 +56,8 @@ def every_token(
     return total - int((~kept).sum()) * math.log(model.lm_head.out_features)
 
 
-def no_kernel(q: Tensor, k: Tensor) -> bool:
-    """For `has_flash`: scaled_dot_product_attention for each document instead."""
+def no_kernel() -> bool:
+    """For attention's `fused_now`: scaled_dot_product_attention for each document instead."""
     return False
 
 
@@ -89,7 +89,7 @@ REPLACED: dict[str, tuple[Any, str, Callable[..., Any]]] = {
     "arena": (runtime, "use_arena", no_arena),
     "onednn": (matmul, "use_onednn", no_onednn),
     "blockwise": (flash, "beats_kernel", no_blocks),
-    "flash-kernel": (attention, "has_flash", no_kernel),
+    "flash-kernel": (attention, "fused_now", no_kernel),
 }
 
 
