@@ -36,7 +36,7 @@ def parser() -> argparse.ArgumentParser:
     return made
 
 
-def measure(part: str, inputs: Inputs, steps: int, file: Path, name: str = "") -> None:
+def measure(part: str, inputs: Inputs, steps: int, file: Path, name: str = "") -> int:
     """Makes the runs of a part; each is saved as soon as it is done.
 
     Args:
@@ -45,18 +45,23 @@ def measure(part: str, inputs: Inputs, steps: int, file: Path, name: str = "") -
         steps: Counted ones.
         file: The results.
         name: Only runs with this in their name; date and commit stay those of the others.
+
+    Returns:
+        How many it made.
     """
     found = results.load(file)
     peers = inputs.peers_python if part in WITH_PEERS else None
     if not name:
         found["sittings"][part] = results.sitting(steps, peers)
     began = time.perf_counter()
+    made = 0
     orders = {n: r["order"] for n, r in found["runs"].items()}
     found["runs"] = {n: r for n, r in found["runs"].items() if r["part"] != part or name not in n}
     # What runs depends on `found`: a part may go by the results of the parts before it.
     for variant in PARTS[part](inputs, steps + results.WARM_UP, found):
         if name not in variant.name:
             continue
+        made += 1
         started = time.perf_counter()
         try:
             run = variant.make()
@@ -74,14 +79,17 @@ def measure(part: str, inputs: Inputs, steps: int, file: Path, name: str = "") -
             f"{part}: {variant.name}: {report.brief(run)}  ({time.perf_counter() - started:.0f} s)",
             flush=True,
         )
+    return made
 
 
 def main() -> None:
     given = parser().parse_args()
     if not given.report:
         inputs = Inputs(given.peers_python)
-        for part in given.only or PARTS:
-            measure(part, inputs, given.steps, given.results, given.run)
+        parts = given.only or PARTS
+        made = [measure(part, inputs, given.steps, given.results, given.run) for part in parts]
+        if not any(made):
+            parser().error(f"--run: no run of {', '.join(parts)} has {given.run!r} in its name")
     report.write(results.load(given.results))
 
 
