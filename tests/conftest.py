@@ -11,7 +11,7 @@ import sys
 import tarfile
 import tempfile
 import zipfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +85,15 @@ def write_tokenizer(
         config["chat_template"] = template
     (directory / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
     return directory
+
+
+@pytest.fixture(autouse=True)
+def no_kernels_left() -> Iterator[None]:
+    """The kernels in use are the process's: what a test's run has chosen is not the next one's."""
+    yield
+    matmul = sys.modules.get("lorakit.modules.matmul")
+    if matmul is not None:
+        matmul.use_kernels(None)
 
 
 @pytest.fixture(scope="session")

@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
+    from lorakit.sublayer_protocol import SublayerKernels
+
 
 @frozen
 class Documents:
@@ -66,9 +68,17 @@ class Kernels(Protocol):
         ...
 
     def adapt(
-        self, x: Tensor, weight: Tensor, down: Tensor, up: Tensor, scale: float, out: Tensor
+        self,
+        x: Tensor,
+        weight: Tensor,
+        down: Tensor,
+        up: Tensor,
+        scale: float,
+        out: Tensor,
+        *,
+        ratio: Tensor | None = None,
     ) -> Tensor:
-        """out = x W^T + scale (x A^T) B^T: a layer with a low-rank update.
+        """out = x W^T + scale (x A^T) B^T, times the ratio: a layer with a low-rank update.
 
         Args:
             x: `[T, K]`.
@@ -77,6 +87,7 @@ class Kernels(Protocol):
             up: B `[N, r]`, contiguous.
             scale: Of the update.
             out: `[T, N]`.
+            ratio: `[N]`, contiguous; None for nothing (DoRA's m / ||W + s B A||).
 
         Returns:
             scale x A^T `[T, r]`, contiguous.
@@ -97,17 +108,21 @@ class Kernels(Protocol):
         add: bool,
         ratio: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """The gradients of A and of B, given that of out times the ratio.
+        """The gradients of A and of B, given that of out.
 
         Args:
             dout: `[T, N]`.
-            x: As given to `adapt`, as are `weight`, `down`, `up` and `scale`.
+            x: As given to `adapt`, as are `weight`, `down`, `up`, `scale` and `ratio`.
             low: What that returned.
             dx: `[T, K]`, where x's gradient is written to, or added to where `add`; None where
                 nobody needs it.
             add: Whether dx holds anything yet.
-            ratio: `[N]`, contiguous; None for nothing (DoRA's m / ||W + s B A||).
+            ratio: Likewise.
         """
+        ...
+
+    def sublayers(self) -> SublayerKernels | None:
+        """What computes halves of blocks in one call each, if anything does."""
         ...
 
     def gates(self, g: Tensor) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from functools import cache
+from itertools import product
 from typing import Any
 
 from attrs import frozen
@@ -176,6 +177,7 @@ def ablation(inputs: Inputs, steps: int, results: Mapping[str, Any]) -> Iterator
             without="document-threads"
         ),
         "large tensors by malloc (no arena)": base.but(without="arena"),
+        "blocks part by part (no call for half of one)": base.but(without="sublayers"),
         "plain autograd (fused = false)": base.but(training={"fused": False}),
         "whole logits (no chunked loss)": base.but(without="chunked-loss"),
         "every token projected": base.but(without="trained-only"),
@@ -200,9 +202,11 @@ def ablation(inputs: Inputs, steps: int, results: Mapping[str, Any]) -> Iterator
         )
 
 
-def row_time(tokens: int, turn: int) -> str:
-    """The run whose micro-batches are of one row of so many tokens."""
-    return f"time: {tokens:,} tokens a row, turn {turn}"
+def row_time(tokens: int, turn: int, *, shared: bool = True) -> str:
+    """The run whose micro-batches are of one row of so many tokens; what documents begin with in
+    common computed once, or for each."""
+    name = f"time: {tokens:,} tokens a row, turn {turn}"
+    return name if shared else f"{name}, beginnings for each document"
 
 
 def rows_together(tokens: int) -> str:
@@ -213,18 +217,17 @@ def rows_together(tokens: int) -> str:
 def scaling(inputs: Inputs, steps: int, results: Mapping[str, Any]) -> Iterator[Variant]:
     rows, base = inputs.short_rows(SHORT_DOCUMENT), best(results)
     # In turn and twice, since a fifth is to be seen, and the machine may change as much meanwhile.
-    for turn in TURNS:
-        for tokens in LENGTHS:
-            setting = base.but(
-                data={"packed": True, "max_seq_len": tokens},
-                training={"gradient_accumulation_steps": 1},
-            )
-            # Short steps are many, so that each length is timed for about as long.
-            count = 1 + (steps - 1) * min(4, max(LENGTHS) // tokens)
-            yield Variant(
-                row_time(tokens, turn),
-                lambda s=setting, n=count: train_lorakit(s, inputs, rows=rows, steps=n),
-            )
+    for turn, tokens, shared in product(TURNS, LENGTHS, (True, False)):
+        setting = base.but(
+            data={"packed": True, "max_seq_len": tokens},
+            training={"gradient_accumulation_steps": 1, "share_prefixes": shared},
+        )
+        # Short steps are many, so that each length is timed for about as long.
+        count = 1 + (steps - 1) * min(4, max(LENGTHS) // tokens)
+        yield Variant(
+            row_time(tokens, turn, shared=shared),
+            lambda s=setting, n=count: train_lorakit(s, inputs, rows=rows, steps=n),
+        )
     for tokens in LENGTHS[:-1]:
         setting = base.but(
             data={"packed": True, "max_seq_len": tokens},

@@ -258,19 +258,30 @@ def ablation(results: Results) -> Iterator[str]:
 
 def scaling(results: Results) -> Iterator[str]:
     times, together = time_curve(results), time_curve_together(results)
+    apart = time_curve(results, shared=False)
     yield from table(
         (
             "tokens a row",
             "ms a token, a row a micro-batch",
+            "beginnings in common computed for each document",
             f"{LENGTHS[-1]:,} tokens a micro-batch",
         ),
-        [[f"{n:,}", f"{ms:.3f}", milliseconds(together.get(n))] for n, ms in times.items()],
+        [
+            [f"{n:,}", f"{ms:.3f}", milliseconds(apart.get(n)), milliseconds(together.get(n))]
+            for n, ms in times.items()
+        ],
     )
     if len(times) == len(LENGTHS):
         spread = max(times.values()) / min(times.values()) - 1
         yield (
             f"\nA row a micro-batch, the slowest is {spread:.0%} above the fastest "
             f"(target: within {FLAT_WITHIN:.0%}): {verdict(spread <= FLAT_WITHIN)}.\n"
+        )
+    if len(apart) == len(LENGTHS):
+        spread = max(apart.values()) / min(apart.values()) - 1
+        yield (
+            "The longer a row, the more of its documents' beginnings are computed once. With each "
+            f"computed for itself, the slowest is {spread:.0%} above the fastest.\n"
         )
     if len(together) == len(LENGTHS):
         spread = max(together.values()) / min(together.values()) - 1
@@ -293,11 +304,12 @@ def scaling(results: Results) -> Iterator[str]:
     )
 
 
-def time_curve(results: Results) -> dict[int, float]:
+def time_curve(results: Results, *, shared: bool = True) -> dict[int, float]:
     """Milliseconds a token, by tokens a row: of the turns together."""
     curve = {}
     for n in LENGTHS:
-        names = [name for turn in TURNS if succeeded(results, name := row_time(n, turn))]
+        named = [row_time(n, turn, shared=shared) for turn in TURNS]
+        names = [name for name in named if succeeded(results, name)]
         if names:
             found = [rate for name in names for rate in rates(results["runs"][name])]
             curve[n] = 1e3 / statistics.median(found)

@@ -20,7 +20,7 @@ from torch import Tensor
 import lorakit
 from lorakit import assemble, loss, runtime
 from lorakit.data.batches import IGNORED
-from lorakit.modules import attention, flash, matmul
+from lorakit.modules import attention, flash, matmul, sublayers
 from lorakit.protocols import CausalLM
 
 
@@ -61,6 +61,11 @@ def no_kernel() -> bool:
     return False
 
 
+def in_no_call(*_: Any) -> bool:
+    """For `attends_in_one_call` and `feeds_in_one_call`: halves of blocks go part by part."""
+    return False
+
+
 def no_blocks(q: Tensor, k: Tensor) -> bool:
     """For `beats_kernel`: torch's kernel for long documents too."""
     return False
@@ -82,27 +87,35 @@ def no_threads(*_: Any) -> int:
 
 
 _own_loss = loss.cross_entropy_sum
-REPLACED: dict[str, tuple[Any, str, Callable[..., Any]]] = {
-    "chunked-loss": (loss, "cross_entropy_sum", whole_logits),
-    "trained-only": (loss, "cross_entropy_sum", every_token),
-    "document-threads": (assemble, "document_threads", no_threads),
-    "arena": (runtime, "use_arena", no_arena),
-    "onednn": (matmul, "use_onednn", no_onednn),
-    "blockwise": (flash, "beats_kernel", no_blocks),
-    "flash-kernel": (attention, "fused_now", no_kernel),
+REPLACED: dict[str, list[tuple[Any, str, Callable[..., Any]]]] = {
+    "chunked-loss": [(loss, "cross_entropy_sum", whole_logits)],
+    "trained-only": [(loss, "cross_entropy_sum", every_token)],
+    "document-threads": [(assemble, "document_threads", no_threads)],
+    "arena": [(runtime, "use_arena", no_arena)],
+    "onednn": [(matmul, "use_onednn", no_onednn)],
+    "blockwise": [(flash, "beats_kernel", no_blocks)],
+    "flash-kernel": [
+        (attention, "fused_now", no_kernel),
+        (sublayers, "attends_in_one_call", in_no_call),
+    ],
+    "sublayers": [
+        (sublayers, "attends_in_one_call", in_no_call),
+        (sublayers, "feeds_in_one_call", in_no_call),
+    ],
 }
 
 
 @contextmanager
 def without(technique: str) -> Iterator[None]:
     """Within it, lorakit does not use that technique."""
-    module, name, replacement = REPLACED[technique]
-    own = getattr(module, name)
-    setattr(module, name, replacement)
+    own = [(module, name, getattr(module, name)) for module, name, _ in REPLACED[technique]]
+    for module, name, replacement in REPLACED[technique]:
+        setattr(module, name, replacement)
     try:
         yield
     finally:
-        setattr(module, name, own)
+        for module, name, function in own:
+            setattr(module, name, function)
 
 
 def main() -> None:

@@ -273,6 +273,9 @@ class TakesBF16:
     def attends(self, q: torch.Tensor, k: torch.Tensor) -> bool:
         return False
 
+    def sublayers(self) -> None:
+        return None
+
 
 def test_weights_that_kernels_take_as_they_are_stored_are_not_widened(
     rehearse: Callable[..., Rehearsal], monkeypatch: pytest.MonkeyPatch

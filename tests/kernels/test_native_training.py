@@ -100,9 +100,9 @@ def test_what_cannot_be_built_is_told() -> None:
 
 @pytest.mark.usefixtures("library")
 def test_threads_of_torchs_own() -> None:
-    from lorakit_x86.kernels import _threads
+    from lorakit_x86.arguments import threads
 
-    threads, parallel = _threads()
+    count, parallel = threads()
     if parallel == 0:
         pytest.skip("this torch has another OpenMP library")
-    assert threads == torch.get_num_threads()
+    assert count == torch.get_num_threads()

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from lorakit.modules.cache import KeyValueCache
 from lorakit.modules.layout import Layout
 from lorakit.modules.residual import residual
+from lorakit.modules.sublayers import add_attention, add_feed_forward
 
 
 class DecoderBlock(nn.Module):
@@ -26,8 +27,8 @@ class DecoderBlock(nn.Module):
 
     def forward(self, x: Tensor, layout: Layout, cache: KeyValueCache | None = None) -> Tensor:
         """x `[T, D]` -> `[T, D]`."""
-        x = residual(x, self.self_attn(self.input_layernorm(x), layout, cache))
-        return residual(x, self.mlp(self.post_attention_layernorm(x)))
+        x = add_attention(x, self.input_layernorm, self.self_attn, layout, cache)
+        return add_feed_forward(x, self.post_attention_layernorm, self.mlp)
 
 
 class SandwichBlock(nn.Module):

@@ -77,8 +77,12 @@ class _AttentionByKernels(torch.autograd.Function):
 
 def _workspace(kernels: Kernels, q: Tensor, k: Tensor, layout: Layout) -> Tensor:
     longest = max(layout.lengths)
-    size = kernels.attention_bytes(q[:longest], k[:longest])
-    (memory,) = scratch("attention", q, ((size,), torch.uint8))
+    return attention_workspace(kernels, (q[:longest], k[:longest]), q)
+
+
+def attention_workspace(kernels: Kernels, longest: tuple[Tensor, Tensor], like: Tensor) -> Tensor:
+    """What kernels need to attend documents, the longest of this q and k."""
+    (memory,) = scratch("attention", like, ((kernels.attention_bytes(*longest),), torch.uint8))
     return memory
 
 

@@ -34,10 +34,14 @@ class GatedMLP(nn.Module):
         self.activation = activation
         self.recompute = False
 
+    @property
+    def inner(self) -> tuple[nn.Module, ...]:
+        """What gives g and u."""
+        return self.gate_proj, self.up_proj
+
     def forward(self, x: Tensor) -> Tensor:
         """x `[T, D]` -> `[T, D]`."""
-        inner = (self.gate_proj, self.up_proj)
-        return gated(x, inner, self.down_proj, self.activation, recompute=self.recompute)
+        return gated(x, self.inner, self.down_proj, self.activation, recompute=self.recompute)
 
 
 class FusedGatedMLP(nn.Module):
@@ -50,10 +54,14 @@ class FusedGatedMLP(nn.Module):
         self.activation = activation
         self.recompute = False
 
+    @property
+    def inner(self) -> tuple[nn.Module, ...]:
+        """What gives g and u."""
+        return (self.gate_up_proj,)
+
     def forward(self, x: Tensor) -> Tensor:
         """x `[T, D]` -> `[T, D]`."""
-        inner = (self.gate_up_proj,)
-        return gated(x, inner, self.down_proj, self.activation, recompute=self.recompute)
+        return gated(x, self.inner, self.down_proj, self.activation, recompute=self.recompute)
 
 
 def gelu_tanh(x: Tensor) -> Tensor:

@@ -132,7 +132,9 @@ class NarrowEmbedding(nn.Embedding):
 
     def __init__(self, embedding: nn.Embedding, compute_dtype: torch.dtype) -> None:
         count, width = embedding.weight.shape
-        super().__init__(count, width, embedding.padding_idx, device="meta")
+        # With a weight: drawing one, even on the meta device, imports the compiler, which takes a
+        # second.
+        super().__init__(count, width, embedding.padding_idx, _weight=embedding.weight)
         self.weight = embedding.weight
         self.compute_dtype = compute_dtype
 

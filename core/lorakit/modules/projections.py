@@ -135,23 +135,35 @@ def _adapt(
     kernels: Kernels,
     x: Tensor,
     weight: Tensor,
-    factors: tuple[Tensor, Tensor],
-    scale: float,
+    part: LowRank,
+    ratio: Tensor | None,
     out: Tensor,
 ) -> Tensor:
+    down, up = factors(part, x)
     if isinstance(x, FakeTensor):
         # Only what is allocated counts.
-        return x.new_empty(len(x), len(factors[0]))
-    return kernels.adapt(in_rows(x), in_rows(weight), *factors, scale, out)
+        return x.new_empty(len(x), len(down))
+    return kernels.adapt(in_rows(x), in_rows(weight), down, up, part.scale, out, ratio=ratio)
+
+
+def ratio_of(part: LowRank, weight: Tensor, dtype: torch.dtype) -> Tensor | None:
+    """m / ||W + s B A|| `[out]`, of a layer that has a magnitude and this W."""
+    if part.magnitude is None:
+        return None
+    return (part.magnitude / norms_of(part, weight)).to(dtype)
 
 
 def _ranks(parts: Sequence[LowRank]) -> list[int]:
     return [len(cast(Tensor, part.down)) for part in parts]
 
 
-def _factors(part: LowRank, x: Tensor) -> tuple[Tensor, Tensor]:
-    """A and B, which may be wider than the activations (fp32 beside bf16)."""
-    return cast(Tensor, part.down).to(x.dtype), cast(Tensor, part.up).to(x.dtype)
+def factors(part: LowRank, x: Tensor) -> tuple[Tensor, Tensor]:
+    """A and B, contiguous; they may be wider than the activations (fp32 beside bf16)."""
+    down, up = cast(Tensor, part.down), cast(Tensor, part.up)
+    if down.dtype != x.dtype:
+        # Not where it changes nothing: it is a call for each layer, and so takes time.
+        down, up = down.to(x.dtype), up.to(x.dtype)
+    return down.contiguous(), up.contiguous()
 
 
 def _forward_product(
@@ -164,24 +176,22 @@ def _forward_product(
     """One layer's; `low` is x A^T, if it is there already."""
     weight = factor_of(part.base, x)
     bias = getattr(part.base, "bias", None)
-    ratio = None
+    ratio = ratio_of(part, weight, x.dtype)
     if kernels is not None:
         y = empty((len(x), len(weight)), x)
-        down, up = (factor.contiguous() for factor in _factors(part, x))
-        low = _adapt(kernels, x, weight, (down, up), part.scale, y)
+        low = _adapt(kernels, x, weight, part, ratio, y)
     else:
         y = times_transposed(x, weight)
         if part.down is not None:
-            down, up = _factors(part, x)
+            down, up = factors(part, x)
             if low is None:
                 if dropped is None:
                     dropped = dropped_inputs(x, part.dropout)
                 low = times_transposed(without(x, dropped, part.dropout), down)
             low.mul_(part.scale)
             add_times(y, low, up.t())
-    if part.magnitude is not None:
-        ratio = (part.magnitude / norms_of(part, weight)).to(x.dtype)
-        y.mul_(ratio)
+        if ratio is not None:
+            y.mul_(ratio)
     if bias is not None:
         y.add_(bias.to(x.dtype))
     return Product(y, (low, dropped, y if ratio is not None else None, ratio))
@@ -250,7 +260,7 @@ def _backward_by_kernels(
     for index, (part, dy) in enumerate(zip(parts, dys, strict=True)):
         low, _, y, ratio = kept[KEPT * index : KEPT * (index + 1)]
         weight = in_rows(factor_of(part.base, dy))
-        down, up = (factor.contiguous() for factor in _factors(part, x))
+        down, up = factors(part, x)
         assert low is not None
         if isinstance(x, FakeTensor):
             d_down, d_up = torch.empty_like(down), torch.empty_like(up)
@@ -283,10 +293,15 @@ def _of_magnitude(part: LowRank, dy: Tensor, y: Tensor | None) -> Tensor | None:
         return None
     bias = getattr(part.base, "bias", None)
     inner = y if bias is None else y - bias.to(y.dtype)
-    magnitude = part.magnitude
+    return of_magnitude(part, (dy * inner).sum(dim=0, dtype=part.magnitude.dtype))
+
+
+def of_magnitude(part: LowRank, summed: Tensor | None) -> Tensor | None:
+    """The gradient of m, given the sums over tokens of dy y `[out]`, y without its bias."""
+    if part.magnitude is None or summed is None:
+        return None
     # y = m z, so sum(dy z) = sum(dy y) / m; a row of length 0 gives 0 and not 0/0.
-    summed = (dy * inner).sum(dim=0, dtype=magnitude.dtype)
-    return torch.where(magnitude == 0, 0, summed / magnitude)
+    return torch.where(part.magnitude == 0, 0, summed.to(part.magnitude.dtype) / part.magnitude)
 
 
 def _backward_product(

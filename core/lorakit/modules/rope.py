@@ -96,7 +96,7 @@ def _rotated(x: Tensor, cos: Tensor, sin: Tensor, *, back: bool) -> Tensor:
     cos, sin = cos[..., :half], sin[..., :half]
     y = empty_like(x)
     kernels = kernels_for(x)
-    if kernels is not None and _one_angle_a_token(x, cos, sin) and kernels.rotates(x):
+    if kernels is not None and one_angle_a_token(x, cos, sin) and kernels.rotates(x):
         if x.stride()[1:] != (x.shape[2], 1):
             x = x.contiguous()
         kernels.rotate(x, cos, sin, y, back=back)
@@ -109,7 +109,7 @@ def _rotated(x: Tensor, cos: Tensor, sin: Tensor, *, back: bool) -> Tensor:
     return y
 
 
-def _one_angle_a_token(x: Tensor, cos: Tensor, sin: Tensor) -> bool:
+def one_angle_a_token(x: Tensor, cos: Tensor, sin: Tensor) -> bool:
     """Whether the tables are as `Rotary.tables` makes them, and of x's dtype."""
     there = cos.shape[:2] == (len(x), 1) and cos.stride(-1) == 1
     return there and cos.stride() == sin.stride() and cos.dtype == sin.dtype == x.dtype

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import unittest
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from itertools import product
 
 import torch
@@ -15,8 +14,17 @@ from lorakit.kernel_protocol import Kernels
 from lorakit.modules.kernel_attention import documents_of
 from lorakit.modules.layout import Layout, Segments, apart
 from lorakit.records import KernelLibrary
+from lorakit.testing.exactness import (
+    attention_of,
+    cos_sin,
+    ensure_close,
+    ensure_each_close,
+    rotated,
+    torch_threads,
+)
 from lorakit.testing.failure import ensure
 from lorakit.testing.offers import check_offer
+from lorakit.testing.sublayers import check_sublayers
 
 SIZES = (64, 70, 257)
 LENGTHS = (1, 33, 130)
@@ -36,8 +44,6 @@ SHARING: Sequence[Segments] = (
 )
 """Documents that begin like others, by less and by more than kernels may take at a time; the fourth
 is all another's."""
-SLACK = 3.0
-"""Errors in the 2-norm are at most so many times those of torch's own fp32."""
 
 
 def check_kernels(record: KernelLibrary) -> None:
@@ -79,6 +85,8 @@ def check_kernels(record: KernelLibrary) -> None:
         q, k, v = (torch.randn(tokens, heads, HEAD_DIM) for heads in (6, 2, 2))
         if kernels.attends(q, k):
             _check_attention(kernels, q, k, v, segments)
+    if (sublayers := kernels.sublayers()) is not None:
+        check_sublayers(kernels, sublayers, SHARING)
 
 
 def _check_product(kernels: Kernels, x: Tensor, weight: Tensor) -> None:
@@ -98,11 +106,11 @@ def _check_product(kernels: Kernels, x: Tensor, weight: Tensor) -> None:
             results = []
             for threads in (1, 2):
                 out = start.clone()
-                with _torch_threads(threads):
+                with torch_threads(threads):
                     kernels.multiply(out, x, stored, transposed=transposed, add=add, scale=scale)
                 results.append(out)
             how = f"multiply: transposed={transposed}, add={add}, scaled={scale is not None}"
-            _ensure_close(results[0], theirs, exact, how)
+            ensure_close(results[0], theirs, exact, how)
             ensure(torch.equal(*results), f"{how}: depends on the number of threads")
 
 
@@ -125,8 +133,8 @@ def _check_adapted(kernels: Kernels, weight: Tensor, rank: int, rows: int) -> No
         found = []
         for threads in (1, 2):
             out, dx = torch.empty(rows, outputs), start.clone()
-            with _torch_threads(threads):
-                low = kernels.adapt(x, weight, down, up, scale, out)
+            with torch_threads(threads):
+                low = kernels.adapt(x, weight, down, up, scale, out, ratio=ratio)
                 gradients = kernels.adapt_backward(
                     dout, x, low, weight, down, up, scale, dx, add=add, ratio=ratio
                 )
@@ -140,7 +148,7 @@ def _check_adapted(kernels: Kernels, weight: Tensor, rank: int, rows: int) -> No
             found.append((out, dx, *gradients))
         how = f"{weight.dtype}, rank {rank}, add={add}, ratio={ratio is not None}"
         names = [f"adapt, {how}", *(f"adapt_backward: d{name}, {how}" for name in ("x", "A", "B"))]
-        _ensure_each_close(names, found[0], theirs, exact, found[1])
+        ensure_each_close(names, found[0], theirs, exact, found[1])
 
 
 def _adapted(given: Sequence[Tensor], scale: float, ratio: Tensor | None) -> tuple[Tensor, ...]:
@@ -149,8 +157,8 @@ def _adapted(given: Sequence[Tensor], scale: float, ratio: Tensor | None) -> tup
     inputs = [each.clone().requires_grad_() for each in (x, down, up)]
     x, down, up = inputs
     out = x @ weight.t() + scale * (x @ down.t()) @ up.t()
-    wanted = dout if ratio is None else dout * ratio
-    dx, d_down, d_up = torch.autograd.grad(out, inputs, wanted)
+    out = out if ratio is None else out * ratio
+    dx, d_down, d_up = torch.autograd.grad(out, inputs, dout)
     return out.detach(), dx + plus, d_down, d_up
 
 
@@ -162,12 +170,12 @@ def _check_gate(kernels: Kernels, g: Tensor, u: Tensor, dout: Tensor) -> None:
     found = []
     for threads in (1, 2):
         out, dg, du = torch.empty_like(dout), dout.clone(), torch.empty_like(dout)
-        with _torch_threads(threads):
+        with torch_threads(threads):
             kernels.gate(g, u, out)
             kernels.gate_backward(dg, g, u, dg, du)
         found.append((out, dg, du))
     names = ("gate", "gate_backward: dg", "gate_backward: du")
-    _ensure_each_close(names, found[0], theirs, exact, found[1])
+    ensure_each_close(names, found[0], theirs, exact, found[1])
 
 
 def _check_norm(kernels: Kernels, x: Tensor, dout: Tensor) -> None:
@@ -184,12 +192,12 @@ def _check_norm(kernels: Kernels, x: Tensor, dout: Tensor) -> None:
     found = []
     for threads in (1, 2):
         out, dx = torch.empty_like(dout), torch.empty_like(dout)
-        with _torch_threads(threads):
+        with torch_threads(threads):
             kept = kernels.normalize(x, weight, eps, out)
             kernels.normalize_backward(dout, x, weight, kept, dx)
         found.append((out, dx))
     names = ("normalize", "normalize_backward")
-    _ensure_each_close(names, found[0], theirs, exact, found[1])
+    ensure_each_close(names, found[0], theirs, exact, found[1])
 
 
 def _check_rotation(kernels: Kernels) -> None:
@@ -200,29 +208,19 @@ def _check_rotation(kernels: Kernels) -> None:
         if not kernels.rotates(x):
             continue
         angles = torch.randn(tokens, 1, half)
-        cos, sin = (torch.cat([part, part], dim=-1)[..., :half] for part in _cos_sin(angles))
-        exact = _rotated(x.double(), *_cos_sin(angles.double()))
+        cos, sin = (torch.cat([part, part], dim=-1)[..., :half] for part in cos_sin(angles))
+        exact = rotated(x.double(), *cos_sin(angles.double()))
         found = []
         for threads in (1, 2):
             out, back = torch.empty_like(x), torch.empty_like(x)
-            with _torch_threads(threads):
+            with torch_threads(threads):
                 # As one layer for q and more makes it.
                 kernels.rotate(torch.cat([x, x], dim=1)[:, :heads], cos, sin, out, back=False)
                 kernels.rotate(out, cos, sin, back, back=True)
             found.append((out, back))
-        theirs = _rotated(x, cos, sin)
+        theirs = rotated(x, cos, sin)
         names = ("rotate", "rotate back")
-        _ensure_each_close(names, found[0], (theirs, x), (exact, x.double()), found[1])
-
-
-def _cos_sin(angles: Tensor) -> tuple[Tensor, Tensor]:
-    return angles.cos(), angles.sin()
-
-
-def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    half = cos.shape[-1]
-    first, second, rest = x.split([half, half, x.shape[-1] - 2 * half], dim=-1)
-    return torch.cat([first * cos - second * sin, second * cos + first * sin, rest], dim=-1)
+        ensure_each_close(names, found[0], (theirs, x), (exact, x.double()), found[1])
 
 
 def _gated(g: Tensor, u: Tensor, dout: Tensor) -> tuple[Tensor, ...]:
@@ -246,7 +244,7 @@ def _check_attention(
     documents, longest = documents_of(layout), max(layout.lengths)
     found = []
     for threads in (1, 2):
-        with _torch_threads(threads):
+        with torch_threads(threads):
             out = torch.empty(q.shape)
             size = kernels.attention_bytes(q[:longest], k[:longest])
             workspace = torch.empty(size, dtype=torch.uint8)
@@ -258,7 +256,7 @@ def _check_attention(
         found.append((out, *into))
     parts = ("attend", *(f"attend_backward: d{name}" for name in "qkv"))
     names = [f"{part}, documents of {layout.lengths} tokens" for part in parts]
-    _ensure_each_close(names, found[0], theirs, exact, found[1])
+    ensure_each_close(names, found[0], theirs, exact, found[1])
 
 
 def _attention(
@@ -266,54 +264,5 @@ def _attention(
 ) -> tuple[Tensor, ...]:
     """The result `[T, H, Dh]` and the gradients of q, k and v, by plain autograd."""
     inputs = [x.clone().requires_grad_() for x in given]
-    results = []
-    for parts in segments:
-        q, k, v = (torch.cat([x[part] for part in parts]) for x in inputs)
-        own = parts[-1].stop - parts[-1].start
-        whole = _document_attention(q, k, v, scale)
-        results.append(whole[len(whole) - own :])
-    out = torch.cat(results)
+    out = attention_of(*inputs, scale=scale, segments=segments)
     return (out.detach(), *torch.autograd.grad(out, inputs, dout))
-
-
-def _document_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-    shared = q.shape[1] // k.shape[1]
-    queries, keys, values = (x.transpose(0, 1) for x in (q, k, v))
-    keys, values = (x.repeat_interleave(shared, dim=0) for x in (keys, values))
-    hidden = torch.ones(len(q), len(q), dtype=torch.bool).triu_(1)
-    scores = (scale * queries @ keys.transpose(1, 2)).masked_fill(hidden, float("-inf"))
-    return (scores.softmax(dim=-1) @ values).transpose(0, 1)
-
-
-def _ensure_each_close(
-    names: Sequence[str],
-    found: Sequence[Tensor],
-    theirs: Sequence[Tensor],
-    exact: Sequence[Tensor],
-    again: Sequence[Tensor],
-) -> None:
-    """Of several results, that none depends on the number of threads, too."""
-    for name, ours, others, right, once_more in zip(
-        names, found, theirs, exact, again, strict=True
-    ):
-        _ensure_close(ours, others, right, name)
-        ensure(torch.equal(ours, once_more), f"{name}: depends on the number of threads")
-
-
-def _ensure_close(ours: Tensor, theirs: Tensor, exact: Tensor, what: str) -> None:
-    error = float((ours - exact).norm() / exact.norm().clamp_min(1e-30))
-    usual = float((theirs - exact).norm() / exact.norm().clamp_min(1e-30))
-    ensure(
-        error <= SLACK * usual + 1e-7,
-        f"{what}: an error of {error:.1e} where torch's fp32 has {usual:.1e}",
-    )
-
-
-@contextmanager
-def _torch_threads(count: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

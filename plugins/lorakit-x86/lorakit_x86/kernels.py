@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import ctypes
-from functools import cache
-from pathlib import Path
 from types import ModuleType
 
 import torch
 from torch import Tensor
 
 from lorakit.kernel_protocol import Documents
+from lorakit.sublayer_protocol import SublayerKernels
 from lorakit_x86 import AMX, AVX512
+from lorakit_x86.arguments import layer, places, threads
+from lorakit_x86.sublayers import NativeSublayers
 
 FEWEST_ROWS = 64
 """Rows from which on a product on AMX is faster than MKL's."""
@@ -37,6 +37,7 @@ class AVX512Kernels:
 
     def __init__(self, native: ModuleType) -> None:
         self.native = native
+        self._sublayers = NativeSublayers(native, self.units)
 
     def multiplies(self, rows: int, weight: Tensor) -> bool:
         # Others would have to widen it first.
@@ -68,18 +69,26 @@ class AVX512Kernels:
             out.shape[1],
             inner,
             add,
-            *_threads(),
+            *threads(),
         )
 
     def adapts(self, rows: int, dtype: torch.dtype) -> bool:
         return dtype == torch.bfloat16 or rows >= FEWEST_ADAPTED
 
     def adapt(
-        self, x: Tensor, weight: Tensor, down: Tensor, up: Tensor, scale: float, out: Tensor
+        self,
+        x: Tensor,
+        weight: Tensor,
+        down: Tensor,
+        up: Tensor,
+        scale: float,
+        out: Tensor,
+        *,
+        ratio: Tensor | None = None,
     ) -> Tensor:
         low = x.new_empty(len(x), len(down))
-        layer = _layer(x, weight, down, up, None, scale)
-        self.native.adapt(self.units, *_places(x, out), low.data_ptr(), layer, *_threads())
+        given = layer(len(x), weight, down, up, scale, ratio)
+        self.native.adapt(self.units, *places(x, out), low.data_ptr(), given, *threads())
         return low
 
     def adapt_backward(
@@ -99,55 +108,58 @@ class AVX512Kernels:
         d_low, d_down, d_up = (torch.empty_like(each) for each in (low, down, up))
         self.native.adapt_backward(
             self.units,
-            *_places(dout, x),
+            *places(dout, x),
             low.data_ptr(),
             d_low.data_ptr(),
-            *((0, 0) if dx is None else _places(dx)),
+            *((0, 0) if dx is None else places(dx)),
             add,
             d_down.data_ptr(),
             d_up.data_ptr(),
-            _layer(x, weight, down, up, ratio, scale),
-            *_threads(),
+            layer(len(x), weight, down, up, scale, ratio),
+            *threads(),
         )
         return d_down, d_up
+
+    def sublayers(self) -> SublayerKernels:
+        return self._sublayers
 
     def gates(self, g: Tensor) -> bool:
         return True
 
     def gate(self, g: Tensor, u: Tensor, out: Tensor) -> None:
-        self.native.gate(*_places(out, g, u), *out.shape, *_threads())
+        self.native.gate(*places(out, g, u), *out.shape, *threads())
 
     def gate_backward(self, dout: Tensor, g: Tensor, u: Tensor, dg: Tensor, du: Tensor) -> None:
-        self.native.gate_backward(*_places(dg, du, dout, g, u), *g.shape, *_threads())
+        self.native.gate_backward(*places(dg, du, dout, g, u), *g.shape, *threads())
 
     def normalizes(self, x: Tensor) -> bool:
         return True
 
     def normalize(self, x: Tensor, weight: Tensor, eps: float, out: Tensor) -> Tensor:
         roots = x.new_empty(len(x))
-        places = out.data_ptr(), roots.data_ptr(), x.data_ptr(), x.stride(0), weight.data_ptr()
-        self.native.normalize(*places, eps, *x.shape, *_threads())
+        given = out.data_ptr(), roots.data_ptr(), x.data_ptr(), x.stride(0), weight.data_ptr()
+        self.native.normalize(*given, eps, *x.shape, *threads())
         return roots
 
     def normalize_backward(
         self, dout: Tensor, x: Tensor, weight: Tensor, kept: Tensor, dx: Tensor
     ) -> None:
-        places = dx.data_ptr(), *_places(dout, x), weight.data_ptr(), kept.data_ptr()
-        self.native.normalize_backward(*places, *x.shape, *_threads())
+        given = dx.data_ptr(), *places(dout, x), weight.data_ptr(), kept.data_ptr()
+        self.native.normalize_backward(*given, *x.shape, *threads())
 
     def rotates(self, x: Tensor) -> bool:
         return True
 
     def rotate(self, x: Tensor, cos: Tensor, sin: Tensor, out: Tensor, *, back: bool) -> None:
-        places = out.data_ptr(), x.data_ptr(), x.stride(0), cos.data_ptr(), sin.data_ptr()
+        given = out.data_ptr(), x.data_ptr(), x.stride(0), cos.data_ptr(), sin.data_ptr()
         half = cos.shape[-1]
-        self.native.rotate(*places, cos.stride(0), back, *x.shape, half, *_threads())
+        self.native.rotate(*given, cos.stride(0), back, *x.shape, half, *threads())
 
     def attends(self, q: Tensor, k: Tensor) -> bool:
         return len(q) >= SHORTEST and q.shape[-1] in HEAD_DIMS
 
     def attention_bytes(self, q: Tensor, k: Tensor) -> int:
-        return self.native.attention_bytes(self.units, len(q), *_heads(q, k), _threads()[0])
+        return self.native.attention_bytes(self.units, len(q), *_heads(q, k), threads()[0])
 
     def attend(
         self,
@@ -161,7 +173,7 @@ class AVX512Kernels:
     ) -> Tensor:
         normalizer = q.new_empty(q.shape[1], len(documents.places))
         attended = _attended(q, k, v, documents, scale, (out, normalizer, workspace))
-        self.native.attend(self.units, attended, *_threads())
+        self.native.attend(self.units, attended, *threads())
         return normalizer
 
     def attend_backward(
@@ -179,10 +191,10 @@ class AVX512Kernels:
     ) -> None:
         self.native.attend_backward(
             self.units,
-            *_places(dout),
+            *places(dout),
             *(gradient.data_ptr() for gradient in into),
             _attended(q, k, v, documents, scale, (out, kept, workspace)),
-            *_threads(),
+            *threads(),
         )
 
 
@@ -199,27 +211,6 @@ class AMXKernels(AVX512Kernels):
         return dtype == torch.bfloat16 or rows >= FEWEST_ROWS
 
 
-def _places(*tensors: Tensor) -> tuple[int, ...]:
-    """Where each is, and how far apart its rows are."""
-    return tuple(n for x in tensors for n in (x.data_ptr(), x.stride(0)))
-
-
-def _layer(
-    x: Tensor, weight: Tensor, down: Tensor, up: Tensor, ratio: Tensor | None, scale: float
-) -> tuple[float, ...]:
-    """A layer with a low-rank update: where all is, and sizes."""
-    return (
-        *_places(weight),
-        weight.dtype == torch.bfloat16,
-        down.data_ptr(),
-        up.data_ptr(),
-        0 if ratio is None else ratio.data_ptr(),
-        scale,
-        *x.shape,
-        *up.shape,
-    )
-
-
 def _attended(
     q: Tensor,
     k: Tensor,
@@ -231,7 +222,7 @@ def _attended(
     """Attention within documents: where all is, and sizes; of the others, result, normalizer and
     workspace."""
     return (
-        *_places(q, k, v),
+        *places(q, k, v),
         *(x.data_ptr() for x in others),
         *_heads(q, k),
         scale,
@@ -244,21 +235,3 @@ def _attended(
 def _heads(q: Tensor, k: Tensor) -> tuple[int, int, int]:
     """How many of q and of k, and how wide they are."""
     return q.shape[1], k.shape[1], q.shape[2]
-
-
-def _threads() -> tuple[int, int]:
-    """How many, and where the function is that runs another in so many; 0 where there is none."""
-    parallel = _parallel()
-    return (torch.get_num_threads() if parallel else 1), parallel
-
-
-@cache
-def _parallel() -> int:
-    """The address of GOMP_parallel in the OpenMP library that torch has loaded: so its threads are
-    used, and not others that would take the cores from them."""
-    library = Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"
-    try:
-        function = ctypes.CDLL(str(library)).GOMP_parallel
-    except (OSError, AttributeError):
-        return 0
-    return ctypes.cast(function, ctypes.c_void_p).value or 0

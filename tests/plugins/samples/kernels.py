@@ -26,10 +26,11 @@ def load():
         def adapts(self, rows, dtype):
             return True
 
-        def adapt(self, x, weight, down, up, scale, out):
+        def adapt(self, x, weight, down, up, scale, out, *, ratio=None):
             self.asked.write("adapt\n")
             low = scale * x.double() @ down.double().t()
-            out.copy_(x.double() @ weight.double().t() + low @ up.double().t())
+            y = x.double() @ weight.double().t() + low @ up.double().t()
+            out.copy_(y if ratio is None else y * ratio)
             return low.float()
 
         def adapt_backward(self, dout, x, low, weight, down, up, scale, dx, *, add, ratio=None):
@@ -40,6 +41,9 @@ def load():
                 found = dout @ weight.double() + d_low @ down.double()
                 dx.copy_(dx + found if add else found)
             return (d_low.t() @ x.double()).float(), (dout.t() @ low.double()).float()
+
+        def sublayers(self):
+            return None
 
         def gates(self, g):
             return True

@@ -142,8 +142,8 @@ static void shared(void (*function)(void *), void *data, unsigned threads, paral
     function(data);
 }
 
-int adapt(const adapted *layer, const float *x, long x_stride, float *out, long out_stride, float *low,
-          const multiply_units *units, unsigned threads, parallel_fn parallel) {
+int adapt(const adapted *layer, const float *x, long x_stride, float *out, long out_stride, int add,
+          float *low, const multiply_units *units, unsigned threads, parallel_fn parallel) {
   along_rows thin = {
       .x = x, .x_stride = x_stride, .w = layer->down, .rows = layer->rows, .inner = layer->inputs,
       .rank = layer->rank, .scale = layer->scale, .out = low,
@@ -153,7 +153,7 @@ int adapt(const adapted *layer, const float *x, long x_stride, float *out, long 
       .out = out, .out_stride = out_stride, .transposed = 1,
       .first = {x, x_stride, NULL, layer->weight, layer->inputs},
       .more = {low, layer->rank, NULL, {layer->up, layer->rank, 0}, layer->rank},
-      .rows = layer->rows, .columns = layer->outputs,
+      .ratio = layer->ratio, .rows = layer->rows, .columns = layer->outputs, .add = add,
   };
   return multiply(&wide, units, threads, parallel);
 }
@@ -191,6 +191,52 @@ int adapt_backward(const adapted *layer, const float *dout, long dout_stride, co
       .rows = layer->rows, .columns = inputs, .add = add,
   };
   return dx ? multiply(&wide, units, threads, parallel) : 0;
+}
+
+typedef struct {
+  const float *a, *b;
+  long a_stride, b_stride, rows, columns;
+  float *sums;
+  atomic_long next;
+} products;
+
+AVX512 static void sum_columns(const products *s, long column, long columns) {
+  const float *a = s->a + column, *b = s->b + column;
+  __m512 totals[VECTORS], sums[VECTORS];
+  __mmask16 there[VECTORS];
+  for (int v = 0; v < VECTORS; v++) {
+    there[v] = first_of_16(columns - 16 * v);
+    totals[v] = sums[v] = _mm512_setzero_ps();
+  }
+  for (long row = 1; row <= s->rows; row++, a += s->a_stride, b += s->b_stride) {
+#pragma GCC unroll 8
+    for (int v = 0; v < VECTORS; v++) {
+      sums[v] = _mm512_fmadd_ps(_mm512_maskz_loadu_ps(there[v], a + 16 * v),
+                                _mm512_maskz_loadu_ps(there[v], b + 16 * v), sums[v]);
+      __builtin_prefetch(a + 8 * s->a_stride + 16 * v);
+      __builtin_prefetch(b + 8 * s->b_stride + 16 * v);
+    }
+    if (row % ROWS_AT_ONCE && row < s->rows) continue;
+    for (int v = 0; v < VECTORS; v++) {
+      totals[v] = _mm512_add_ps(totals[v], sums[v]);
+      sums[v] = _mm512_setzero_ps();
+    }
+  }
+  for (int v = 0; v < VECTORS; v++)
+    _mm512_mask_storeu_ps(s->sums + column + 16 * v, there[v], totals[v]);
+}
+
+static void share_products(void *data) {
+  products *s = data;
+  for (long column; (column = WIDE * atomic_fetch_add(&s->next, 1)) < s->columns;)
+    sum_columns(s, column, smaller(s->columns - column, WIDE));
+}
+
+void sum_products(const float *a, long a_stride, const float *b, long b_stride, long rows,
+                  long columns, float *sums, unsigned threads, parallel_fn parallel) {
+  products all = {.a = a, .b = b, .a_stride = a_stride, .b_stride = b_stride, .rows = rows,
+                  .columns = columns, .sums = sums};
+  shared(share_products, &all, threads, parallel);
 }
 
 #endif

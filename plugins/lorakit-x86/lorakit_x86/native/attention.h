@@ -31,11 +31,12 @@ typedef struct {
   char *workspace;
 } attended;
 
-/* dout's rows are so many numbers apart, those of the gradients next to each other. */
+/* Rows are so many numbers apart. */
 typedef struct {
   const float *dout;
   long dout_stride;
   float *dq, *dk, *dv;
+  long dq_stride, dk_stride, dv_stride;
 } attention_gradients;
 
 /* Once for each kind of units that can compute it. */

@@ -1,5 +1,5 @@
 /* The backward pass of attention: see attention.h. */
-#include "attention_task.h"
+#include "attention_sums.h"
 
 #if LORAKIT_HAS_KERNELS
 
@@ -260,14 +260,6 @@ UNITS static void add_gradients(struct task *task, struct backward *memory, cons
                !first_keys, NULL, NULL);
 }
 
-/* The first group of queries of a split.  All splits take about the same time: the later a query,
- * the more keys it sees. */
-static long split_start(struct task *task, long split) {
-  const double first = (double)task->first_group * task->first_group;
-  const double all = (double)task->groups * task->groups;
-  return lround(sqrt(first + (all - first) * split / task->splits));
-}
-
 /* Gradients of a group of queries of one head, and of the keys they see. */
 UNITS static void backward_group(struct task *task, struct backward *memory, long head, long split,
                                long group) {
@@ -294,58 +286,24 @@ UNITS static void backward_group(struct task *task, struct backward *memory, lon
   }
   const __m512 scale = _mm512_set1_ps(task->all.scale), factors[2] = {scale, scale};
   for (long j = memory->before_own; j < queries; j++)
-    store_own(task, memory->dq + j * columns * AREA, factors, task->gradients.dq, head, first + j);
+    store_own(task, memory->dq + j * columns * AREA, factors, task->gradients.dq,
+              task->gradients.dq_stride, head, first + j);
 }
 
 UNITS static void backward_items(void *data) {
-  struct task *task = data;
-  char *own = task->scratch + atomic_fetch_add(&task->threads_begun, 1) * task->scratch_size;
-  struct backward memory = backward_memory(&own, task->columns);
+  struct batch *batch = data;
+  char *own = own_scratch(batch);
+  struct backward memory = backward_memory(&own, batch->tasks->columns);
   begin_products();
-  const long heads = task->all.heads;
-  for (long item; (item = atomic_fetch_add(&task->next, 1)) < heads * task->splits;) {
-    const long head = item % heads, split = task->splits - 1 - item / heads;
-    for (long i = split_start(task, split); i < split_start(task, split + 1); i++)
-      backward_group(task, &memory, head, split, i);
-  }
-  end_products();
-}
-
-/* dk or dv of 32 keys: the sum of those for each query head and split.  Other documents' tokens have
- * some already, for those documents come before. */
-UNITS_INLINE void sum_parts(struct task *task, const float *parts, long kv_head, long block,
-                          float scale, float *to) {
-  const long heads = task->all.heads, group = heads / task->all.kv_heads;
-  const long head_dim = task->all.head_dim, stride = task->all.kv_heads * head_dim;
-  const long between = task->blocks * task->columns * AREA;
-  parts += kv_head * group * between + block * task->columns * AREA;
-  long first = 0;
-  while (split_start(task, first + 1) * WIDTH <= block)
-    first++;
-  for (long i = 0; i < SIDE && block * SIDE + i < task->tokens; i++) {
-    const long token = block * SIDE + i;
-    float *row = to + task->places[token] * stride + kv_head * head_dim;
-    for (long j = 0; j < head_dim; j += 16) {
-      const float *from = parts + j / SIDE * AREA + i * SIDE + j % SIDE;
-      __m512 sum = _mm512_setzero_ps();
-      for (long split = first; split < task->splits; split++)
-        for (long n = 0; n < group; n++)
-          sum = _mm512_add_ps(sum, _mm512_load_ps(from + (split * heads + n) * between));
-      sum = _mm512_mul_ps(sum, _mm512_set1_ps(scale));
-      if (token < task->own_from) sum = _mm512_add_ps(sum, _mm512_loadu_ps(row + j));
-      _mm512_storeu_ps(row + j, sum);
+  for (struct task *task = batch->tasks; task < batch->tasks + batch->count; task++) {
+    const long heads = task->all.heads;
+    for (long item; (item = atomic_fetch_add(&task->next, 1)) < heads * task->splits;) {
+      const long head = item % heads, split = task->splits - 1 - item / heads;
+      for (long i = split_start(task, split); i < split_start(task, split + 1); i++)
+        backward_group(task, &memory, head, split, i);
     }
   }
-}
-
-UNITS static void sum_items(void *data) {
-  struct task *task = data;
-  const long items = task->all.kv_heads * task->blocks;
-  for (long item; (item = atomic_fetch_add(&task->next, 1)) < items;) {
-    const long head = item / task->blocks, block = item % task->blocks;
-    sum_parts(task, task->dk_parts, head, block, task->all.scale, task->gradients.dk);
-    sum_parts(task, task->dv_parts, head, block, 1, task->gradients.dv);
-  }
+  end_products();
 }
 
 /* The size of a thread's memory. */
@@ -355,19 +313,11 @@ static size_t backward_size(long columns) {
   return (size_t)end;
 }
 
-/* Of the gradients of keys or values, before they are summed up. */
-static size_t sums_size(const struct task *task) {
-  return (size_t)(task->splits * task->all.heads * task->blocks * task->columns * AREA) *
-         sizeof(float);
-}
-
-static long splits_of(const struct task *task) {
-  return task->groups - task->first_group < 2 ? 1 : 2;
-}
-
 static long attention_bytes(long tokens, long heads, long kv_heads, long head_dim,
                             unsigned threads) {
-  const int64_t lengths[1][2] = {{tokens, tokens}};
+  /* Of a batch of documents all may be split. */
+  const long most = tokens > TOKENS_TOGETHER ? tokens : TOKENS_TOGETHER;
+  const int64_t lengths[1][2] = {{most, most}};
   const attended all = {.heads = heads, .kv_heads = kv_heads, .head_dim = head_dim,
                         .lengths = lengths};
   struct task task = task_of(&all, 0, 0);
@@ -380,24 +330,26 @@ static long attention_bytes(long tokens, long heads, long kv_heads, long head_di
 
 static void attend_backward(const attended *all, const attention_gradients *gradients,
                             unsigned threads, parallel_fn parallel) {
-  long before = 0;
-  for (long document = 0; document < all->documents; before += all->lengths[document++][0]) {
-    struct task task = task_of(all, document, before);
-    if (task.own_from == task.tokens) continue; /* another document is the same */
-    task.gradients = *gradients;
-    task.splits = splits_of(&task);
-    const size_t packed = packed_size(&task), sums = sums_size(&task);
+  struct batch batch;
+  for (long document = 0, before = 0; document < all->documents;) {
+    next_batch(&batch, all, &document, &before);
+    if (!batch.count) break;
     char *from = all->workspace;
-    task.k_left = take(&from, packed);
-    task.k_left_transposed = take(&from, packed);
-    task.v_left = take(&from, packed);
-    task.dk_parts = take(&from, sums);
-    task.dv_parts = take(&from, sums);
-    task.scratch = from;
-    task.scratch_size = backward_size(task.columns);
-    run_items(&task, attention_pack_keys, threads, parallel);
-    run_items(&task, backward_items, threads, parallel);
-    run_items(&task, sum_items, threads, parallel);
+    for (struct task *task = batch.tasks; task < batch.tasks + batch.count; task++) {
+      task->gradients = *gradients;
+      task->splits = splits_of(task);
+      const size_t packed = packed_size(task), sums = sums_size(task);
+      task->k_left = take(&from, packed);
+      task->k_left_transposed = take(&from, packed);
+      task->v_left = take(&from, packed);
+      task->dk_parts = take(&from, sums);
+      task->dv_parts = take(&from, sums);
+    }
+    batch.scratch = from;
+    batch.scratch_size = backward_size(batch.tasks->columns);
+    run_batch(&batch, pack_all_keys, threads, parallel);
+    run_batch(&batch, backward_items, threads, parallel);
+    run_batch(&batch, sum_items, threads, parallel);
   }
 }
 

@@ -7,18 +7,24 @@ static size_t packed_size(const struct task *task) {
   return (size_t)(task->all.kv_heads * task->blocks * task->columns * BLOCK) * sizeof(element);
 }
 
-static void run_items(struct task *task, void (*fn)(void *), unsigned threads,
+/* Runs what shares out the items of a batch in all threads. */
+static void run_batch(struct batch *batch, void (*fn)(void *), unsigned threads,
                       parallel_fn parallel) {
-  atomic_store(&task->next, 0);
-  atomic_store(&task->threads_begun, 0);
+  atomic_store(&batch->next, 0);
+  atomic_store(&batch->threads_begun, 0);
+  for (long i = 0; i < batch->count; i++) atomic_store(&batch->tasks[i].next, 0);
   if (threads > 1)
-    parallel(fn, task, threads, 0);
+    parallel(fn, batch, threads, 0);
   else
-    fn(task);
+    fn(batch);
 }
 
-UNITS static void attention_pack_keys(void *data) {
-  struct task *task = data;
+/* The calling thread's own memory. */
+static char *own_scratch(struct batch *batch) {
+  return batch->scratch + atomic_fetch_add(&batch->threads_begun, 1) * batch->scratch_size;
+}
+
+UNITS static void pack_keys(struct task *task) {
   const attended *all = &task->all;
   const int backward = task->gradients.dout != NULL;
   for (long item; (item = atomic_fetch_add(&task->next, 1)) < all->kv_heads * task->blocks;) {
@@ -32,6 +38,11 @@ UNITS static void attention_pack_keys(void *data) {
       if (backward) pack_block(k, LEFT_TRANSPOSED, task->k_left_transposed + to);
     }
   }
+}
+
+static void pack_all_keys(void *data) {
+  struct batch *batch = data;
+  for (long i = 0; i < batch->count; i++) pack_keys(&batch->tasks[i]);
 }
 
 /* Of 32 queries: over the keys so far, the maximum of the scores or a little less, and the sum of
@@ -173,8 +184,7 @@ UNITS_INLINE void finish_chunk(struct task *task, struct forward *memory, struct
 /* What belongs to 32 queries of a head, from its transpose, each query's times a factor; to the rows
  * of the document's own. */
 UNITS static void store_own(const struct task *task, const float *transposed, const __m512 factors[2],
-                            float *to, long head, long block) {
-  const long stride = task->all.heads * task->all.head_dim;
+                            float *to, long stride, long head, long block) {
   to += head * task->all.head_dim;
   for (long column = 0; column < 2 * task->columns; column++)
     for (int half = 0; half < 2; half++) {
@@ -208,7 +218,7 @@ UNITS static void finish_queries(struct task *task, long head, long block, const
   float *normalizer = task->normalizer + head * task->tokens + first;
   for (long i = 0; i < there; i++)
     normalizer[i] = (float)(offset[i] / (double)LOG2_E + logf(sum[i]));
-  store_own(task, sums, inverse, task->all.out, head, block);
+  store_own(task, sums, inverse, task->all.out, task->all.heads * task->all.head_dim, head, block);
 }
 
 UNITS static void pack_queries(struct task *task, struct forward *memory, long head, long block,
@@ -269,14 +279,16 @@ UNITS static void attend_group(struct task *task, struct forward *memory, long h
 }
 
 UNITS static void attend_items(void *data) {
-  struct task *task = data;
-  char *own = task->scratch + atomic_fetch_add(&task->threads_begun, 1) * task->scratch_size;
-  struct forward memory = forward_memory(&own, task->columns);
+  struct batch *batch = data;
+  char *own = own_scratch(batch);
+  struct forward memory = forward_memory(&own, batch->tasks->columns);
   begin_products();
-  const long heads = task->all.heads, items = heads * (task->groups - task->first_group);
-  for (long item; (item = atomic_fetch_add(&task->next, 1)) < items;)
-    /* Those with most keys first, for the threads to end at about the same time. */
-    attend_group(task, &memory, item % heads, task->groups - 1 - item / heads);
+  for (struct task *task = batch->tasks; task < batch->tasks + batch->count; task++) {
+    const long heads = task->all.heads, items = heads * (task->groups - task->first_group);
+    for (long item; (item = atomic_fetch_add(&task->next, 1)) < items;)
+      /* Those with most keys first, for the threads to end at about the same time. */
+      attend_group(task, &memory, item % heads, task->groups - 1 - item / heads);
+  }
   end_products();
 }
 
@@ -298,19 +310,35 @@ static struct task task_of(const attended *all, long document, long before) {
   };
 }
 
+/* The next documents, from number `document` on, which goes on: as many as have no more tokens together
+   than a single one may have.  `before` counts the tokens of all documents before them. */
+static void next_batch(struct batch *batch, const attended *all, long *document, long *before) {
+  long blocks = 0;
+  for (batch->count = 0; *document < all->documents && batch->count < MOST_TOGETHER;) {
+    const struct task task = task_of(all, *document, *before);
+    if (batch->count && (blocks += task.blocks) > TOKENS_TOGETHER / SIDE) break;
+    blocks = batch->count ? blocks : task.blocks;
+    *before += task.tokens;
+    ++*document;
+    /* Else another document is the same. */
+    if (task.own_from < task.tokens) batch->tasks[batch->count++] = task;
+  }
+}
+
 static void attend(const attended *all, unsigned threads, parallel_fn parallel) {
-  long before = 0;
-  for (long document = 0; document < all->documents; before += all->lengths[document++][0]) {
-    struct task task = task_of(all, document, before);
-    if (task.own_from == task.tokens) continue; /* another document is the same */
-    const size_t packed = packed_size(&task);
+  struct batch batch;
+  for (long document = 0, before = 0; document < all->documents;) {
+    next_batch(&batch, all, &document, &before);
+    if (!batch.count) break;
     char *from = all->workspace;
-    task.k_left = take(&from, packed);
-    task.v_left = take(&from, packed);
-    task.scratch = from;
-    task.scratch_size = forward_size(task.columns);
-    run_items(&task, attention_pack_keys, threads, parallel);
-    run_items(&task, attend_items, threads, parallel);
+    for (struct task *task = batch.tasks; task < batch.tasks + batch.count; task++) {
+      task->k_left = take(&from, packed_size(task));
+      task->v_left = take(&from, packed_size(task));
+    }
+    batch.scratch = from;
+    batch.scratch_size = forward_size(batch.tasks->columns);
+    run_batch(&batch, pack_all_keys, threads, parallel);
+    run_batch(&batch, attend_items, threads, parallel);
   }
 }
 

@@ -18,6 +18,8 @@
 
 enum {
   WIDTH = 4, /* blocks of queries and blocks of keys that are handled together, while in L2 */
+  MOST_TOGETHER = 32, /* documents in a batch */
+  TOKENS_TOGETHER = 512, /* of a batch, where no document is longer */
 };
 
 /* What to compute for a document, and memory that the threads share. */
@@ -33,8 +35,16 @@ struct task {
   long splits; /* of a head's queries, to divide the work among threads; backward only */
   element *k_left, *k_left_transposed, *v_left; /* [kv head][block][column][BLOCK] */
   float *dk_parts, *dv_parts;                   /* [split][head][block][column][AREA] */
-  char *scratch;                                /* of all threads */
-  size_t scratch_size;                          /* of one */
+  atomic_long next;
+};
+
+/* Documents whose items the threads share out without waiting for each other in between: as many as there
+   is memory for. */
+struct batch {
+  struct task tasks[MOST_TOGETHER];
+  long count;
+  char *scratch;       /* of all threads */
+  size_t scratch_size; /* of one */
   atomic_long next, threads_begun;
 };
 

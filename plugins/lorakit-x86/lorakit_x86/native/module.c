@@ -1,12 +1,7 @@
 /* The kernels as a Python module: addresses and sizes in, no tensors known.  The interpreter is let
    go of while they run. */
-#define PY_SSIZE_T_CLEAN
-#include <Python.h>
-
-#include "adapted.h"
-#include "attention.h"
+#include "arguments.h"
 #include "gate.h"
-#include "multiply.h"
 #include "norm.h"
 #include "rotate.h"
 
@@ -16,17 +11,6 @@
 #include <unistd.h>
 
 enum { ARCH_REQ_XCOMP_PERM = 0x1023, XFEATURE_XTILEDATA = 18 };
-
-/* What computes; the same numbers as in _kernels.pyi. */
-enum units { ON_AVX512, ON_AMX };
-
-static const struct {
-  const struct attention *attention;
-  const multiply_units *multiply;
-} kernels[] = {
-    [ON_AVX512] = {&attention_on_avx512, &multiply_on_avx512},
-    [ON_AMX] = {&attention_on_amx, &multiply_on_amx},
-};
 
 /* Why units cannot be used here, or NULL.  Of AMX, asks the kernel for the tiles' registers. */
 static const char *reason_against(int units) {
@@ -62,10 +46,6 @@ static PyObject *unusable(PyObject *self, PyObject *args) {
 }
 
 #if LORAKIT_HAS_KERNELS
-typedef unsigned long long address;
-
-static float *numbers_at(address of) { return (float *)(uintptr_t)of; }
-
 static PyObject *py_multiply(PyObject *self, PyObject *args) {
   (void)self;
   address out, x, scale, weight, parallel;
@@ -88,20 +68,6 @@ static PyObject *py_multiply(PyObject *self, PyObject *args) {
   Py_RETURN_NONE;
 }
 
-static int parse_layer(PyObject *given, adapted *layer) {
-  address weight, down, up, ratio;
-  long stride;
-  int bf16;
-  if (!PyArg_ParseTuple(given, "KlpKKKfllll", &weight, &stride, &bf16, &down, &up, &ratio,
-                        &layer->scale, &layer->rows, &layer->inputs, &layer->outputs, &layer->rank))
-    return 0;
-  layer->weight = (matrix){numbers_at(weight), stride, bf16};
-  layer->down = numbers_at(down);
-  layer->up = numbers_at(up);
-  layer->ratio = numbers_at(ratio);
-  return 1;
-}
-
 static PyObject *py_adapt(PyObject *self, PyObject *args) {
   (void)self;
   address x, out, low, parallel;
@@ -115,7 +81,7 @@ static PyObject *py_adapt(PyObject *self, PyObject *args) {
       !parse_layer(given, &layer))
     return NULL;
   Py_BEGIN_ALLOW_THREADS;
-  failed = adapt(&layer, numbers_at(x), x_stride, numbers_at(out), out_stride, numbers_at(low),
+  failed = adapt(&layer, numbers_at(x), x_stride, numbers_at(out), out_stride, 0, numbers_at(low),
                  kernels[units].multiply, threads, (parallel_fn)(uintptr_t)parallel);
   Py_END_ALLOW_THREADS;
   if (failed) return PyErr_NoMemory();
@@ -202,7 +168,7 @@ static PyObject *py_normalize_backward(PyObject *self, PyObject *args) {
                         &roots, &rows, &width, &threads, &parallel))
     return NULL;
   Py_BEGIN_ALLOW_THREADS;
-  normalize_backward(numbers_at(dx), numbers_at(dout), dout_stride, numbers_at(x), x_stride,
+  normalize_backward(numbers_at(dx), numbers_at(dout), dout_stride, NULL, 0, numbers_at(x), x_stride,
                      numbers_at(weight), numbers_at(roots), rows, width, threads,
                      (parallel_fn)(uintptr_t)parallel);
   Py_END_ALLOW_THREADS;
@@ -219,8 +185,8 @@ static PyObject *py_rotate(PyObject *self, PyObject *args) {
                         &tokens, &heads, &head_dim, &half, &threads, &parallel))
     return NULL;
   Py_BEGIN_ALLOW_THREADS;
-  rotate(numbers_at(out), numbers_at(x), x_stride, numbers_at(cos), numbers_at(sin), angle_stride,
-         back, tokens, heads, head_dim, half, threads, (parallel_fn)(uintptr_t)parallel);
+  rotate(numbers_at(out), heads * head_dim, numbers_at(x), x_stride, numbers_at(cos), numbers_at(sin),
+         angle_stride, back, tokens, heads, head_dim, half, threads, (parallel_fn)(uintptr_t)parallel);
   Py_END_ALLOW_THREADS;
   Py_RETURN_NONE;
 }
@@ -234,23 +200,6 @@ static PyObject *py_attention_bytes(PyObject *self, PyObject *args) {
     return NULL;
   return PyLong_FromLong(
       kernels[units].attention->bytes(tokens, heads, kv_heads, head_dim, threads));
-}
-
-static int parse_attended(PyObject *given, attended *all) {
-  address q, k, v, out, normalizer, workspace, places, lengths;
-  if (!PyArg_ParseTuple(given, "KlKlKlKKKlllfKKl", &q, &all->q_stride, &k, &all->k_stride, &v,
-                        &all->v_stride, &out, &normalizer, &workspace, &all->heads, &all->kv_heads,
-                        &all->head_dim, &all->scale, &places, &lengths, &all->documents))
-    return 0;
-  all->q = numbers_at(q);
-  all->k = numbers_at(k);
-  all->v = numbers_at(v);
-  all->out = numbers_at(out);
-  all->normalizer = numbers_at(normalizer);
-  all->workspace = (char *)numbers_at(workspace);
-  all->places = (const int64_t *)(uintptr_t)places;
-  all->lengths = (const int64_t(*)[2])(uintptr_t)lengths;
-  return 1;
 }
 
 static PyObject *py_attend(PyObject *self, PyObject *args) {
@@ -285,6 +234,8 @@ static PyObject *py_attend_backward(PyObject *self, PyObject *args) {
   gradients.dq = numbers_at(dq);
   gradients.dk = numbers_at(dk);
   gradients.dv = numbers_at(dv);
+  gradients.dq_stride = all.heads * all.head_dim;
+  gradients.dk_stride = gradients.dv_stride = all.kv_heads * all.head_dim;
   Py_BEGIN_ALLOW_THREADS;
   kernels[units].attention->attend_backward(&all, &gradients, threads,
                                             (parallel_fn)(uintptr_t)parallel);
@@ -307,6 +258,10 @@ static PyMethodDef methods[] = {
     {"rotate", py_rotate, METH_VARARGS, "Rotary embedding; see rotate.h."},
     {"attention_bytes", py_attention_bytes, METH_VARARGS, "Of workspace; see attention.h."},
     {"attend", py_attend, METH_VARARGS, "Causal attention; see attention.h."},
+    {"feed_forward", py_feed_forward, METH_VARARGS, "Half a block; see sublayers.h."},
+    {"feed_forward_backward", py_feed_forward_backward, METH_VARARGS, "Its gradients."},
+    {"self_attention", py_self_attention, METH_VARARGS, "Half a block; see sublayers.h."},
+    {"self_attention_backward", py_self_attention_backward, METH_VARARGS, "Its gradients."},
     {"attend_backward", py_attend_backward, METH_VARARGS, "Its gradients; see attention.h."},
 #endif
     {NULL, NULL, 0, NULL}};

@@ -62,6 +62,7 @@ static void multiply_shares(void *data) {
     if (start >= count) continue;
     const long size = smaller(count - start, each);
     p.out += by_rows ? start * p.out_stride : start;
+    if (p.ratio && !by_rows) p.ratio += start;
     *(by_rows ? &p.rows : &p.columns) = size;
     take_share(&p.first, by_rows, p.transposed, start);
     take_share(&p.more, by_rows, p.transposed, start);

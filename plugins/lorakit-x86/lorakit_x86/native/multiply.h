@@ -23,10 +23,12 @@ typedef struct {
 
 /* out = x W, or x W^T if `transposed`, added to what out holds if `add`.
 
-   out [rows, columns] fp32; `more` is added to that, unless its inner is 0. */
+   out [rows, columns] fp32; `more` is added to the product, unless its inner is 0.  Both are multiplied
+   by `ratio` [columns], unless that is NULL. */
 typedef struct {
   float *out;
   long out_stride;
+  const float *ratio;
   factors first, more;
   int transposed;
   long rows, columns;
@@ -57,6 +59,16 @@ void *kept(long bytes);
 /* bf16 numbers as fp32. */
 AVX512_INLINE __m512 widened(__m256i numbers) {
   return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(numbers), 16));
+}
+
+/* What results are multiplied by, of the columns there are: ones, where there is no ratio. */
+AVX512_INLINE __m512 load_ratio(const float *ratio, __mmask16 there) {
+  return ratio ? _mm512_maskz_loadu_ps(there, ratio) : _mm512_set1_ps(1);
+}
+
+/* Rounded once.  Compilers may or may not do the same of a product and a sum, here and there. */
+AVX512_INLINE __m512 scaled_and_added(__m512 sum, __m512 ratio, __m512 before) {
+  return _mm512_fmadd_ps(sum, ratio, before);
 }
 
 #endif

@@ -170,7 +170,8 @@ AMX_INLINE void store_sums(float *to, long stride) {
 
 /* 16 x 64 results, or what there is of them. */
 AMX static void multiply_block(const uint16_t *x, const uint16_t *w, long steps, int parts,
-                               float *out, long stride, long rows, long columns, int add) {
+                               float *out, long stride, long rows, long columns,
+                               const float *ratio, int add) {
   STORES_DONE();
   _tile_zero(0);
   _tile_zero(1);
@@ -180,7 +181,7 @@ AMX static void multiply_block(const uint16_t *x, const uint16_t *w, long steps,
     add_up(x, w, steps, 1);
   else
     add_up(x, w, steps, PARTS);
-  if (!add && rows >= TILE_ROWS && columns >= WIDE) {
+  if (!add && !ratio && rows >= TILE_ROWS && columns >= WIDE) {
     store_sums(out, stride);
     return;
   }
@@ -193,9 +194,10 @@ AMX static void multiply_block(const uint16_t *x, const uint16_t *w, long steps,
       const long left = columns - half;
       const __mmask16 mask = left >= 16 ? 0xFFFF : (__mmask16)((1u << left) - 1);
       float *to = out + row * stride + half;
-      __m512 sum = _mm512_load_ps(sums + row * WIDE + half);
-      if (add) sum = _mm512_add_ps(sum, _mm512_maskz_loadu_ps(mask, to));
-      _mm512_mask_storeu_ps(to, mask, sum);
+      const __m512 sum = _mm512_load_ps(sums + row * WIDE + half);
+      const __m512 factors = load_ratio(ratio ? ratio + half : NULL, mask);
+      const __m512 before = _mm512_maskz_loadu_ps(add ? mask : 0, to);
+      _mm512_mask_storeu_ps(to, mask, scaled_and_added(sum, factors, before));
     }
   }
 }
@@ -226,7 +228,7 @@ AMX static int multiply_share(const product *p) {
           for (long j = 0; j < columns; j += WIDE) {
             multiply_block(x + i * steps * DEPTH * PARTS, w + j * steps * DEPTH * now, steps, now,
                            p->out + (row + i) * p->out_stride + column + j, p->out_stride,
-                           rows - i, columns - j, add);
+                           rows - i, columns - j, p->ratio ? p->ratio + column + j : NULL, add);
           }
         }
       }

@@ -22,6 +22,13 @@ typedef struct {
   long stride, inner;
 } rows_of_x;
 
+/* Some rows, of x and of what is multiplied with the end of a panel, and where their results go. */
+typedef struct {
+  rows_of_x first, more;
+  float *out;
+  long out_stride;
+} tile_rows;
+
 /* Adds `steps` of the product of `tile` rows with a panel, and goes on by as many.  The rows are found
    from every third one. */
 AVX512_INLINE void add_steps(const float *third[4], long stride, const float **panel, int steps,
@@ -48,9 +55,11 @@ AVX512_INLINE void add_up(rows_of_x rows, const float *panel, int tile, __m512 s
   for (; k < rows.inner; k++) add_steps(third, stride, &panel, 1, tile, sums);
 }
 
-/* Results of `tile` rows with a panel, of which there are so many columns. */
-AVX512_INLINE void multiply_tile(rows_of_x first, rows_of_x more, const float *panel, float *out,
-                                 long out_stride, long columns, int add, int tile) {
+/* Results of `tile` rows with the panel at `column`, from which on there are so many columns. */
+AVX512_INLINE void multiply_tile(const tile_rows *rows, const float *panel, long column, long columns,
+                                 const float *ratio, int add, int tile) {
+  const long out_stride = rows->out_stride;
+  float *out = rows->out + column;
   __m512 sums[TILE][2];
 #pragma GCC unroll 12
   for (int i = 0; i < tile; i++)
@@ -59,57 +68,66 @@ AVX512_INLINE void multiply_tile(rows_of_x first, rows_of_x more, const float *p
       /* Where results go: fetched while they are made. */
       __builtin_prefetch(out + i * out_stride + 16 * half, 1);
     }
-  add_up(first, panel, tile, sums);
-  if (more.inner) add_up(more, panel + first.inner * PANEL, tile, sums);
+  add_up(rows->first, panel, tile, sums);
+  if (rows->more.inner) add_up(rows->more, panel + rows->first.inner * PANEL, tile, sums);
   const __mmask16 there[2] = {first_of_16(columns), first_of_16(columns - 16)};
+  const __m512 factors[2] = {load_ratio(ratio, there[0]),
+                             load_ratio(ratio ? ratio + 16 : NULL, there[1])};
 #pragma GCC unroll 12
   for (int i = 0; i < tile; i++)
     for (int half = 0; half < 2; half++) {
       float *to = out + i * out_stride + 16 * half;
-      __m512 sum = sums[i][half];
-      if (add) sum = _mm512_add_ps(sum, _mm512_maskz_loadu_ps(there[half], to));
-      _mm512_mask_storeu_ps(to, there[half], sum);
+      const __m512 before = _mm512_maskz_loadu_ps(add ? there[half] : 0, to);
+      _mm512_mask_storeu_ps(to, there[half], scaled_and_added(sums[i][half], factors[half], before));
     }
 }
 
-typedef void (*tile_fn)(rows_of_x first, rows_of_x more, const float *panel, float *out,
-                        long out_stride, long columns, int add);
+/* No more arguments than there are registers for: what goes through memory may wait for all results
+   before it to be written. */
+typedef void (*tile_fn)(const tile_rows *rows, const float *panel, long column, long columns,
+                        const float *ratio, int add);
 
 /* With constants, each is compiled for itself. */
 #define TILE_OF(ROWS)                                                                               \
-  AVX512 static void multiply_##ROWS(rows_of_x first, rows_of_x more, const float *panel,           \
-                                     float *out, long out_stride, long columns, int add) {          \
-    multiply_tile(first, more, panel, out, out_stride, columns, add, ROWS);                         \
+  AVX512 static void multiply_##ROWS(const tile_rows *rows, const float *panel, long column,        \
+                                     long columns, const float *ratio, int add) {                   \
+    multiply_tile(rows, panel, column, columns, ratio, add, ROWS);                                  \
   }
-TILE_OF(12)
-TILE_OF(8)
-TILE_OF(4)
-TILE_OF(2)
 TILE_OF(1)
+TILE_OF(2)
+TILE_OF(3)
+TILE_OF(4)
+TILE_OF(5)
+TILE_OF(6)
+TILE_OF(7)
+TILE_OF(8)
+TILE_OF(9)
+TILE_OF(10)
+TILE_OF(11)
+TILE_OF(12)
 #undef TILE_OF
 
-static const struct {
-  long rows;
-  tile_fn multiply;
-} tiles[] = {{12, multiply_12}, {8, multiply_8}, {4, multiply_4}, {2, multiply_2}, {1, multiply_1}};
+/* By rows, from one on. */
+static const tile_fn tiles[TILE] = {multiply_1, multiply_2, multiply_3,  multiply_4,
+                                    multiply_5, multiply_6, multiply_7,  multiply_8,
+                                    multiply_9, multiply_10, multiply_11, multiply_12};
 
 static rows_of_x rows_of(part a, long row) {
   const rows_of_x rows = {a.from->x + row * a.from->x_stride + a.at, a.from->x_stride, a.inner};
   return rows;
 }
 
-/* All rows, 12 and then as many as there are tiles for, with as much of W as has been copied.  12 rows
-   stay in the first cache for all panels. */
+/* All rows with as much of W as has been copied.  12 rows stay in the first cache for all panels. */
 static void multiply_rows(const product *p, part a, part b, const float *w, long column, long columns,
                           int add) {
   const long panel = (a.inner + b.inner) * PANEL;
-  int size = 0;
-  for (long row = 0; row < p->rows; row += tiles[size].rows) {
-    while (tiles[size].rows > p->rows - row) size++;
-    float *out = p->out + row * p->out_stride + column;
+  const float *ratio = p->ratio ? p->ratio + column : NULL;
+  for (long row = 0; row < p->rows; row += TILE) {
+    const tile_rows rows = {rows_of(a, row), rows_of(b, row), p->out + row * p->out_stride + column,
+                            p->out_stride};
+    const tile_fn multiply = tiles[smaller(TILE, p->rows - row) - 1];
     for (long j = 0; j < columns; j += PANEL)
-      tiles[size].multiply(rows_of(a, row), rows_of(b, row), w + j / PANEL * panel, out + j,
-                           p->out_stride, columns - j, add);
+      multiply(&rows, w + j / PANEL * panel, j, columns - j, ratio ? ratio + j : NULL, add);
   }
 }
 

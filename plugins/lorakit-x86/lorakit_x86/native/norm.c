@@ -9,8 +9,8 @@
 
 typedef struct {
   float *out, *new_roots;
-  const float *dout, *x, *weight, *roots;
-  long dout_stride, x_stride, width;
+  const float *dout, *plus, *x, *weight, *roots;
+  long dout_stride, plus_stride, x_stride, width;
   float eps;
 } operands;
 
@@ -34,10 +34,12 @@ AVX512 static void normalize_row(const void *data, long row) {
   }
 }
 
-/* With g = dout w: dx = r g - x r^3 <g, x> / width. */
+/* With g = dout w: dx = r g - x r^3 <g, x> / width.  Each number of dout is read before that of dx is
+   written. */
 AVX512 static void normalize_row_backward(const void *data, long row) {
   const operands *all = data;
   const float *x = all->x + row * all->x_stride, *dout = all->dout + row * all->dout_stride;
+  const float *plus = all->plus ? all->plus + row * all->plus_stride : NULL;
   float *dx = all->out + row * all->width;
   __m512 along[2] = {_mm512_setzero_ps(), _mm512_setzero_ps()};
   for (long i = 0; i < all->width; i += 16) {
@@ -51,7 +53,8 @@ AVX512 static void normalize_row_backward(const void *data, long row) {
   for (long i = 0; i < all->width; i += 16) {
     const long left = all->width - i;
     const __m512 g = _mm512_mul_ps(load_numbers(dout + i, left), load_numbers(all->weight + i, left));
-    const __m512 scaled = _mm512_mul_ps(g, _mm512_set1_ps(root));
+    __m512 scaled = _mm512_mul_ps(g, _mm512_set1_ps(root));
+    if (plus) scaled = _mm512_add_ps(scaled, load_numbers(plus + i, left));
     _mm512_mask_storeu_ps(dx + i, first_of_16(left),
                           _mm512_fmadd_ps(load_numbers(x + i, left), of_x, scaled));
   }
@@ -64,10 +67,11 @@ void normalize(float *out, float *roots, const float *x, long x_stride, const fl
   for_each_row(normalize_row, &all, rows, threads, parallel);
 }
 
-void normalize_backward(float *dx, const float *dout, long dout_stride, const float *x,
-                        long x_stride, const float *weight, const float *roots, long rows,
+void normalize_backward(float *dx, const float *dout, long dout_stride, const float *plus,
+                        long plus_stride, const float *x, long x_stride, const float *weight, const float *roots, long rows,
                         long width, unsigned threads, parallel_fn parallel) {
-  const operands all = {.out = dx, .dout = dout, .dout_stride = dout_stride, .x = x,
+  const operands all = {.out = dx, .dout = dout, .dout_stride = dout_stride, .plus = plus,
+                        .plus_stride = plus_stride, .x = x,
                         .x_stride = x_stride, .weight = weight, .roots = roots, .width = width};
   for_each_row(normalize_row_backward, &all, rows, threads, parallel);
 }

@@ -8,9 +8,10 @@
 void normalize(float *out, float *roots, const float *x, long x_stride, const float *weight,
                float eps, long rows, long width, unsigned threads, parallel_fn parallel);
 
-/* The gradient of x, given that of out; without gaps. */
-void normalize_backward(float *dx, const float *dout, long dout_stride, const float *x,
-                        long x_stride, const float *weight, const float *roots, long rows,
+/* The gradient of x, given that of out, added to `plus` [rows, width] unless that is NULL; without
+   gaps.  It may be written over that of out. */
+void normalize_backward(float *dx, const float *dout, long dout_stride, const float *plus,
+                        long plus_stride, const float *x, long x_stride, const float *weight, const float *roots, long rows,
                         long width, unsigned threads, parallel_fn parallel);
 
 #endif

@@ -32,6 +32,11 @@ AVX512_INLINE __m512i load_bf16(matrix w, long row, long at, long count) {
   return _mm512_maskz_loadu_epi16(there, (const uint16_t *)w.values + row * w.stride + at);
 }
 
+/* Brings numbers to the caches that are read soon; where there are none, nothing happens. */
+AVX512_INLINE void fetch(matrix w, long row, long at) {
+  __builtin_prefetch((const char *)w.values + (row * w.stride + at) * (w.bf16 ? 2 : 4));
+}
+
 AVX512_INLINE __m512 load_fp32(matrix w, long row, long at, long count) {
   return load_numbers((const float *)w.values + row * w.stride + at, count);
 }
@@ -52,6 +57,8 @@ AVX512 static void copy_straight(part a, long column, long columns, long length,
     for (long j = 0; j < columns; j += PANEL)
       for (long k = start; k < smaller(start + ROWS_IN_TURN, a.inner); k++) {
         const long row = a.at + k, there = columns - j;
+        /* Rows are far apart: the processor does not foresee them. */
+        fetch(w, row + 2 * ROWS_IN_TURN, column + j);
         float *next = to + j / PANEL * length + k * PANEL;
         __m512 low, high;
         if (w.bf16) {

@@ -8,7 +8,7 @@
 typedef struct {
   float *out;
   const float *x, *cos, *sin;
-  long x_stride, angle_stride, heads, head_dim, half;
+  long out_stride, x_stride, angle_stride, heads, head_dim, half;
   int back;
 } operands;
 
@@ -16,7 +16,7 @@ AVX512 static void rotate_token(const void *data, long token) {
   const operands *all = data;
   const float *cos = all->cos + token * all->angle_stride, *sin = all->sin + token * all->angle_stride;
   const float *x = all->x + token * all->x_stride;
-  float *out = all->out + token * all->heads * all->head_dim;
+  float *out = all->out + token * all->out_stride;
   const long half = all->half, rest = all->head_dim - 2 * half;
   for (long head = 0; head < all->heads; head++, x += all->head_dim, out += all->head_dim) {
     for (long i = 0; i < half; i += 16) {
@@ -30,14 +30,14 @@ AVX512 static void rotate_token(const void *data, long token) {
       _mm512_mask_storeu_ps(out + half + i, mask,
                             _mm512_fmadd_ps(first, s, _mm512_mul_ps(second, c)));
     }
-    if (rest) memcpy(out + 2 * half, x + 2 * half, (size_t)rest * sizeof(float));
+    if (rest && out != x) memcpy(out + 2 * half, x + 2 * half, (size_t)rest * sizeof(float));
   }
 }
 
-void rotate(float *out, const float *x, long x_stride, const float *cos, const float *sin,
+void rotate(float *out, long out_stride, const float *x, long x_stride, const float *cos, const float *sin,
             long angle_stride, int back, long tokens, long heads, long head_dim, long half,
             unsigned threads, parallel_fn parallel) {
-  const operands all = {.out = out, .x = x, .cos = cos, .sin = sin, .x_stride = x_stride,
+  const operands all = {.out = out, .out_stride = out_stride, .x = x, .cos = cos, .sin = sin, .x_stride = x_stride,
                         .angle_stride = angle_stride, .heads = heads, .head_dim = head_dim,
                         .half = half, .back = back};
   for_each_row(rotate_token, &all, tokens, threads, parallel);
