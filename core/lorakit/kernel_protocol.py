@@ -180,7 +180,7 @@ class Kernels(Protocol):
 
     def attends(self, q: Tensor, k: Tensor) -> bool:
         """Whether `attend` is faster than torch for a micro-batch of q `[T, H, Dh]` and k
-        `[T, Hkv, Dh]`, its documents together."""
+        `[T, Hkv, Dh]`, its documents together; both may be without memory."""
         ...
 
     def attention_bytes(self, q: Tensor, k: Tensor) -> int:

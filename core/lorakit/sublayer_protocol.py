@@ -126,7 +126,8 @@ class SublayerKernels(Protocol):
             work: T max(D, F) numbers.
 
         Returns:
-            What else the backward pass needs.
+            What else the backward pass needs: some T (1 + r of each layer) numbers, which the
+            estimate counts.
         """
         ...
 
@@ -184,7 +185,8 @@ class SublayerKernels(Protocol):
             work: T (D + M) numbers.
 
         Returns:
-            What else the backward pass needs.
+            What else the backward pass needs: as much, and a number for each head and each token
+            of each document.
         """
         ...
 

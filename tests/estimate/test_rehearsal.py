@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from attrs import evolve
 from lorakit import scratch
 from lorakit.assemble import Run, assemble
 from lorakit.builtin import precisions
+from lorakit.catalog import load_catalog
 from lorakit.data.batches import Batch
 from lorakit.estimate import peak, rehearsal
 from lorakit.estimate.rehearsal import (
@@ -25,7 +27,7 @@ from lorakit.estimate.remembered import RememberedResults
 from lorakit.estimate.storages import StorageWatch
 from lorakit.loop import trainable_parameters
 from lorakit.loss import batch_loss
-from lorakit.modules import matmul
+from lorakit.modules import matmul, sublayers
 from lorakit.modules.low_rank import fused_now
 from lorakit.modules.narrow import NarrowLinear
 from lorakit.progress import SilentProgress
@@ -80,6 +82,39 @@ def test_a_step_has_in_use_what_the_real_one_has(
     rehearsed = most_in_use(rehearse(recipe).step(BATCH).events)
     # Which scalars are alive when most is in use may differ.
     assert rehearsed == pytest.approx(real_step(recipe), abs=64)
+
+
+IN_ONE_CALL: list[dict[str, Any]] = [
+    {},
+    {"adapter": {"dora": True}},
+    {"training": {"activation_checkpointing": "block"}},
+    {"training": {"activation_checkpointing": "selective"}},
+    {"training": {"activation_checkpointing": "selective"}, "adapter": {"dora": True}},
+]
+
+
+@pytest.mark.parametrize("sections", IN_ONE_CALL, ids=str)
+def test_so_it_has_where_kernels_compute_half_a_block_in_one_call(
+    sections: dict[str, Any],
+    make_recipe: Callable[..., str],
+    make_checkpoint: Callable[..., Path],
+    rehearse: Callable[..., Rehearsal],
+    monkeypatch: pytest.MonkeyPatch,
+):
+    usable = [k.name for k in load_catalog().all("kernels") if k.unusable() is None]
+    if not usable:
+        pytest.skip("no plugin with kernels that this machine can use")
+    training = {**sections.get("training", {}), "kernels": usable[0]}
+    model = make_checkpoint(head_dim=32)
+    recipe = resolve_recipe(make_recipe(model=model, **{**sections, "training": training}))
+    asked = []
+    for half in (sublayers._FeedForward, sublayers._SelfAttention):
+        own = half.backward
+        told = staticmethod(lambda *given, own=own: asked.append(own) or own(*given))
+        monkeypatch.setattr(half, "backward", told)
+    expected = real_step(recipe)
+    assert len(set(asked)) == 2
+    assert most_in_use(rehearse(recipe).step(BATCH).events) == pytest.approx(expected, abs=64)
 
 
 QUANTIZED: list[dict[str, Any]] = [

@@ -107,14 +107,28 @@ def test_all_layers_are_adapted_and_drop_nothing(
     assert bool(asked) == (adapter == "dropout")
 
 
-def test_whoever_looks_on_at_a_part_sees_it(asked, make_model, make_batch, loss_and_gradients):
+@pytest.mark.parametrize(
+    ("part", "halves"),
+    [
+        ("mlp", {"self_attention"}),
+        ("self_attn", {"feed_forward"}),
+        ("input_layernorm", {"feed_forward"}),
+        ("post_attention_layernorm", {"self_attention"}),
+    ],
+)
+def test_whoever_looks_on_at_a_part_sees_it(
+    part, halves, asked, make_model, make_batch, loss_and_gradients
+):
     model = make_model("llama", "lora", **BARE)
     seen = []
     for block in model.blocks:
-        block.mlp.register_forward_hook(lambda module, given, y: seen.append(y.shape))
+        hook = lambda module, given, y: seen.append(y.shape)  # noqa: E731
+        block.get_submodule(part).register_forward_hook(hook)
+    checkpoint_blocks(model, "none")
     loss_and_gradients(model, make_batch())
-    assert len(seen) == len(model.blocks)
-    assert set(asked) == {"self_attention"}
+    # What norms give is computed again in the backward pass.
+    assert len(seen) == len(model.blocks) * (2 if "norm" in part else 1)
+    assert set(asked) == halves
 
 
 class Doubled(nn.Module):

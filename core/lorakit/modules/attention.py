@@ -45,8 +45,8 @@ class Attention(nn.Module):
         k_norm: Likewise to each key head.
 
     Attributes:
-        recompute: Make q, k and v again in the backward pass, unless the layers that give them drop
-            inputs or keep them anyway (DoRA).
+        recompute: Make q, k and v again in the backward pass; part by part, unless the layers that
+            give them drop inputs or keep them anyway (DoRA).
         inner: The layers that give q, k and v; a subclass with others says so.
     """
 

@@ -47,7 +47,7 @@ class Recomputing:
         self.block, self.forward = block, forward
         for module in block.modules():
             if isinstance(module, RMSNorm | nn.LayerNorm):
-                module.register_forward_hook(_note_norm)
+                module.register_forward_hook(note_norm)
 
     def __call__(self, *args: Any) -> Any:
         if not (self.block.training and torch.is_grad_enabled()):
@@ -113,7 +113,8 @@ class _Made:
         )
 
 
-def _note_norm(norm: nn.Module, args: tuple[Tensor, ...], result: Tensor) -> None:
+def note_norm(norm: nn.Module, args: tuple[Tensor, ...], result: Tensor) -> None:
+    """The hook on norms: where their results are computed with gradients, says so of them."""
     if args and torch.is_grad_enabled() and result is not args[0]:
         can_be_made_again([result], lambda x: [norm(x)], args[0])
 

@@ -29,6 +29,7 @@ from lorakit.modules.mlp import FusedGatedMLP, GatedMLP
 from lorakit.modules.narrow import NarrowLinear
 from lorakit.modules.norm import RMSNorm
 from lorakit.modules.projections import factors, of_magnitude, ratio_of
+from lorakit.modules.recompute import note_norm
 from lorakit.modules.residual import residual
 from lorakit.modules.rope import Rotary, one_angle_a_token
 from lorakit.sublayer_protocol import (
@@ -49,10 +50,12 @@ def add_attention(
     cache: KeyValueCache | None = None,
 ) -> Tensor:
     """x + attention(norm(x)), x `[T, D]`."""
-    if cache is None and attends_in_one_call(attention, layout):
-        half = _half_of(x, norm, (*attention.inner, attention.o_proj))
-        attending = None if half is None else _attending(half.kernels, attention, layout, x)
-        if half is not None and attending is not None:
+    kernels = kernels_for_such(x)
+    if kernels is not None and cache is None and attends_in_one_call(attention, layout):
+        attending = _attending(kernels, attention, layout, x)
+        layers = (*attention.inner, attention.o_proj)
+        half = None if attending is None else _half_of(x, norm, layers, kernels)
+        if half is not None:
             again = attention.recompute
             y: Tensor = _SelfAttention.apply(x, half, attending, again, *trained(half.parts))
             return y
@@ -61,8 +64,9 @@ def add_attention(
 
 def add_feed_forward(x: Tensor, norm: nn.Module, mlp: nn.Module) -> Tensor:
     """x + mlp(norm(x)), x `[T, D]`."""
-    if feeds_in_one_call(mlp):
-        half = _half_of(x, norm, (*mlp.inner, mlp.down_proj))
+    kernels = kernels_for_such(x)
+    if kernels is not None and feeds_in_one_call(mlp):
+        half = _half_of(x, norm, (*mlp.inner, mlp.down_proj), kernels)
         if half is not None:
             y: Tensor = _FeedForward.apply(x, half, mlp.recompute, *trained(half.parts))
             return y
@@ -210,35 +214,39 @@ class _Half:
         )
 
 
-def _half_of(x: Tensor, norm: nn.Module, layers: Sequence[nn.Module]) -> _Half | None:
-    """None where it is not of this kind, or not for the kernels in use."""
-    kernels = kernels_for_such(x)
-    by = None if kernels is None else kernels.sublayers()
-    if kernels is None or by is None or not (x.dim() == 2 and x.is_contiguous()):
+@torch.no_grad()
+def _half_of(
+    x: Tensor, norm: nn.Module, layers: Sequence[nn.Module], kernels: Kernels
+) -> _Half | None:
+    """None where it is not of this kind, or not for these kernels."""
+    by = kernels.sublayers()
+    if by is None or not (x.dim() == 2 and x.is_contiguous()):
         return None
-    if not (type(norm) is RMSNorm and not norm.unit_offset and not norm.weight.requires_grad):
+    if not (type(norm) is RMSNorm and _is_as_written(norm, RMSNorm.forward)):
+        return None
+    if norm.unit_offset or norm.weight.requires_grad:
         return None
     parts = low_ranks_of(layers)
-    if parts is None:
+    if parts is None or not all(_is_adapted(part, x, kernels) for part in parts):
         return None
-    adapted = [_adapted(part, x, kernels) for part in parts]
-    known = [each for each in adapted if each is not None]
-    if len(known) != len(parts):
-        return None
-    *inner, outer = known
+    *inner, outer = [_adapted(part, x) for part in parts]
     weight = norm.weight.to(x.dtype).contiguous()
     return _Half(kernels, by, parts, Sublayer(weight, norm.eps, tuple(inner), outer))
 
 
-def _adapted(part: LowRank, x: Tensor, kernels: Kernels) -> Adapted | None:
+def _is_adapted(part: LowRank, x: Tensor, kernels: Kernels) -> bool:
+    """Whether a layer is nothing but a weight that kernels multiply as it lies, and its update."""
     base = part.base
-    if part.down is None or part.dropout:
-        return None
-    if getattr(base, "bias", None) is not None or not _is_there(base, x, kernels):
-        return None
+    if part.down is None or part.dropout or getattr(base, "bias", None) is not None:
+        return False
+    if not _is_there(base, x, kernels):
+        return False
     weight = cast(Tensor, base.weight)
-    if weight.stride(-1) != 1 or not kernels.adapts(len(x), weight.dtype):
-        return None
+    return weight.stride(-1) == 1 and kernels.adapts(len(x), weight.dtype)
+
+
+def _adapted(part: LowRank, x: Tensor) -> Adapted:
+    weight = cast(Tensor, part.base.weight)
     down, up = factors(part, x)
     return Adapted(weight, down, up, part.scale, ratio_of(part, weight, x.dtype))
 
@@ -254,7 +262,8 @@ def _is_as_written(module: nn.Module, forward: Callable[..., Any]) -> bool:
     """Whether calling the module is calling this, and nobody looks on."""
     if type(module).forward is not forward or "forward" in vars(module):
         return False
-    return not (module._forward_hooks or module._forward_pre_hooks or module._backward_hooks)
+    others = module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    return not others and all(hook is note_norm for hook in module._forward_hooks.values())
 
 
 def attends_in_one_call(module: nn.Module, layout: Layout) -> TypeGuard[Attention]:
@@ -299,7 +308,14 @@ def _attending(
     kernels: Kernels, attention: Attention, layout: Layout, x: Tensor
 ) -> _Attending | None:
     """The same for every block; None where the kernels do not attend such."""
-    key = (id(kernels), id(attention.rotary), attention.widths, attention.scale, x.dtype)
+    key = (
+        id(kernels),
+        attention.rotary,
+        attention.widths,
+        attention.head_dim,
+        attention.scale,
+        x.dtype,
+    )
     return layout.derived(key, lambda: _find_attending(kernels, attention, layout, x))
 
 

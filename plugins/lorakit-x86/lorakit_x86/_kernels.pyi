@@ -57,6 +57,22 @@ Attended = tuple[float, ...]
 """q, k and v, each with its stride; out, normalizer, workspace; heads, kv_heads, head_dim; scale;
 places, lengths, documents."""
 
+Half = tuple[object, ...]
+"""Units; the half: norm, eps, rows, width, a tuple of the inner layers, the outer layer; of
+attention the angles (cos, sin, their stride, how many of them count) and what is attended, where q,
+k and v do not count, else nothing; where the inner layers' results are, whether the backward pass
+makes them anew, where the outer's are; what is kept; work; threads, parallel."""
+
+def feed_forward(half: Half, x: int, out: int, /) -> None: ...
+def feed_forward_backward(
+    half: Half, dout: int, x: int, dx: int, gradients: tuple[tuple[int, int, int], ...], /
+) -> None:
+    """Gradients: of each layer A's, B's and the sums; see sublayers.h."""
+
+def self_attention(half: Half, x: int, out: int, /) -> None: ...
+def self_attention_backward(
+    half: Half, dout: int, x: int, dx: int, gradients: tuple[tuple[int, int, int], ...], /
+) -> None: ...
 def attend(units: int, attended: Attended, threads: int, parallel: int, /) -> None: ...
 def attend_backward(
     units: int,

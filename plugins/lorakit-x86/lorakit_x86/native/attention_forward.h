@@ -310,8 +310,9 @@ static struct task task_of(const attended *all, long document, long before) {
   };
 }
 
-/* The next documents, from number `document` on, which goes on: as many as have no more tokens together
-   than a single one may have.  `before` counts the tokens of all documents before them. */
+/* The next documents, from number `document` on, which goes on: one of any length, or as many as have
+   TOKENS_TOGETHER at most, each in whole blocks.  `before` counts the tokens of all documents before
+   them. */
 static void next_batch(struct batch *batch, const attended *all, long *document, long *before) {
   long blocks = 0;
   for (batch->count = 0; *document < all->documents && batch->count < MOST_TOGETHER;) {

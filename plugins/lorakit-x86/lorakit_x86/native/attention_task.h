@@ -18,8 +18,8 @@
 
 enum {
   WIDTH = 4, /* blocks of queries and blocks of keys that are handled together, while in L2 */
-  MOST_TOGETHER = 32, /* documents in a batch */
-  TOKENS_TOGETHER = 512, /* of a batch, where no document is longer */
+  TOKENS_TOGETHER = 512, /* of a batch of several documents */
+  MOST_TOGETHER = TOKENS_TOGETHER / SIDE, /* of them: each has a block at least */
 };
 
 /* What to compute for a document, and memory that the threads share. */
@@ -38,8 +38,7 @@ struct task {
   atomic_long next;
 };
 
-/* Documents whose items the threads share out without waiting for each other in between: as many as there
-   is memory for. */
+/* Documents whose items the threads share out without waiting for each other in between. */
 struct batch {
   struct task tasks[MOST_TOGETHER];
   long count;

@@ -2,12 +2,14 @@
 #ifndef LORAKIT_VECTORS_H
 #define LORAKIT_VECTORS_H
 
+#include <stddef.h>
+#include <stdint.h>
+
 #if defined(__x86_64__) && defined(__linux__) && \
     ((defined(__clang__) && __clang_major__ >= 12) || (!defined(__clang__) && __GNUC__ >= 11))
 #define LORAKIT_HAS_KERNELS 1
 
 #include <immintrin.h>
-#include <stdint.h>
 #include <string.h>
 
 /* Compiled for these instructions whatever the compiler's options are. */
