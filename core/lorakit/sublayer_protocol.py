@@ -52,6 +52,26 @@ class Made:
 
 
 @frozen(eq=False)
+class Work:
+    """Memory for a call; apart, so that one tensor may take what another has left.
+
+    Attributes:
+        input: `[T, D]`, for what is normalized.
+        outer: Like the outer layer's input: of a feed-forward layer in the forward pass only, of
+            attention in the backward pass only.
+        dmade: Like `Made.inner`, in the backward pass only.
+        rotated: Of attention: T (H + Hkv) Dh numbers, for q and k.
+        low: T r numbers, r the largest rank, in the backward pass only.
+    """
+
+    input: Tensor
+    outer: Tensor | None = None
+    dmade: Tensor | None = None
+    rotated: Tensor | None = None
+    low: Tensor | None = None
+
+
+@frozen(eq=False)
 class FactorGradients:
     """Of a layer.
 
@@ -110,11 +130,11 @@ class Heads:
 class SublayerKernels(Protocol):
     """Halves of blocks, computed as `Kernels` computes their parts.
 
-    `x`, `dout`, `dx` and `out` are `[T, D]`, contiguous.  `work` is memory for the call only.
+    `x`, `dout`, `dx` and `out` are `[T, D]`, contiguous.
     """
 
     def feed_forward(
-        self, x: Tensor, half: Sublayer, made: Made, out: Tensor, work: Tensor
+        self, x: Tensor, half: Sublayer, made: Made, out: Tensor, work: Work
     ) -> Tensor:
         """out = x + outer(silu(g) u), where the inner layers, or one for both, make g and u.
 
@@ -123,7 +143,7 @@ class SublayerKernels(Protocol):
             half: With an outer layer of F inputs.
             made: Written to.
             out: The result.
-            work: T max(D, F) numbers.
+            work: Memory for the call.
 
         Returns:
             What else the backward pass needs: some T (1 + r of each layer) numbers, which the
@@ -139,7 +159,7 @@ class SublayerKernels(Protocol):
         made: Made,
         kept: Tensor,
         dx: Tensor | None,
-        work: Tensor,
+        work: Work,
         *,
         again: bool,
     ) -> list[FactorGradients]:
@@ -152,7 +172,7 @@ class SublayerKernels(Protocol):
             made: Likewise.
             kept: What that returned.
             dx: None where nobody needs it.
-            work: T (2 F + D + r) numbers, r the largest rank.
+            work: Memory for the call.
             again: What the inner layers make is to be made anew.
 
         Returns:
@@ -169,7 +189,7 @@ class SublayerKernels(Protocol):
         attended: Tensor,
         out: Tensor,
         workspace: Tensor,
-        work: Tensor,
+        work: Work,
     ) -> Tensor:
         """out = x + outer(attention(q, k, v)), where the inner layers, or one for all, make q, k
         and v, and q and k are rotated.
@@ -182,7 +202,7 @@ class SublayerKernels(Protocol):
             attended: `[T, H Dh]`, the input of the outer layer, for the backward pass.
             out: The result.
             workspace: As for `Kernels.attend`.
-            work: T (D + M) numbers.
+            work: Memory for the call.
 
         Returns:
             What else the backward pass needs: as much, and a number for each head and each token
@@ -201,9 +221,9 @@ class SublayerKernels(Protocol):
         kept: Tensor,
         dx: Tensor | None,
         workspace: Tensor,
-        work: Tensor,
+        work: Work,
         *,
         again: bool,
     ) -> list[FactorGradients]:
-        """Like `feed_forward_backward`; `work` holds T (H Dh + 2 M + D + r) numbers."""
+        """Like `feed_forward_backward`."""
         ...

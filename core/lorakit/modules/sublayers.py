@@ -39,6 +39,7 @@ from lorakit.sublayer_protocol import (
     Made,
     Sublayer,
     SublayerKernels,
+    Work,
 )
 
 
@@ -79,7 +80,7 @@ class _FeedForward(torch.autograd.Function):
         ctx: Any, x: Tensor, half: _Half, again: bool, *parameters: Tensor | None
     ) -> Tensor:
         made, out = half.made(x), empty_like(x)
-        work = empty((len(x) * max(x.shape[1], half.inputs_of_outer),), x)
+        work = Work(empty_like(x), outer=half.outer_input(x))
         if isinstance(x, FakeTensor):
             kept = half.small(x)
         else:
@@ -95,7 +96,7 @@ class _FeedForward(torch.autograd.Function):
         x, kept, *made = ctx.saved_tensors
         memory = half.again(x, *made)
         dx = empty_like(x) if ctx.needs_input_grad[0] else None
-        work = half.backward_work(x, 2 * half.inputs_of_outer)
+        work = Work(empty_like(x), dmade=empty_like(memory.inner), low=half.low(x))
         if isinstance(x, FakeTensor):
             return dx, None, None, *half.fake_gradients()
         found = half.by.feed_forward_backward(
@@ -116,8 +117,8 @@ class _SelfAttention(torch.autograd.Function):
     ) -> Tensor:
         heads = attending.heads
         made, out = half.made(x), empty_like(x)
-        work = empty((x.numel() + made.inner.numel(),), x)
-        attended = empty((len(x), half.inputs_of_outer), x)
+        work = Work(empty_like(x), rotated=attending.rotated(x))
+        attended = half.outer_input(x)
         workspace = attending.workspace(half.kernels, x)
         if isinstance(x, FakeTensor):
             kept = half.small(x, more=heads.heads * len(heads.documents.places))
@@ -136,7 +137,13 @@ class _SelfAttention(torch.autograd.Function):
         x, attended, kept, *made = ctx.saved_tensors
         memory = half.again(x, *made)
         dx = empty_like(x) if ctx.needs_input_grad[0] else None
-        work = half.backward_work(x, half.inputs_of_outer + 2 * memory.inner.numel() // len(x))
+        work = Work(
+            empty_like(x),
+            outer=half.outer_input(x),
+            dmade=empty_like(memory.inner),
+            rotated=ctx.attending.rotated(x),
+            low=half.low(x),
+        )
         workspace = ctx.attending.workspace(half.kernels, x)
         if isinstance(x, FakeTensor):
             return dx, None, None, None, *half.fake_gradients()
@@ -167,9 +174,13 @@ class _Half:
     def layers(self) -> tuple[Adapted, ...]:
         return *self.sublayer.inner, self.sublayer.outer
 
-    @property
-    def inputs_of_outer(self) -> int:
-        return self.sublayer.outer.weight.shape[1]
+    def outer_input(self, x: Tensor) -> Tensor:
+        """Memory for what the outer layer is given."""
+        return empty((len(x), self.sublayer.outer.weight.shape[1]), x)
+
+    def low(self, x: Tensor) -> Tensor:
+        """Memory for the thin product of any layer."""
+        return empty((len(x) * max(len(each.down) for each in self.layers),), x)
 
     def made(self, x: Tensor) -> Made:
         """Memory for what the layers make of x."""
@@ -182,11 +193,6 @@ class _Half:
 
     def _inner(self, x: Tensor) -> Tensor:
         return empty((len(x) * sum(len(each.weight) for each in self.sublayer.inner),), x)
-
-    def backward_work(self, x: Tensor, numbers: int) -> Tensor:
-        """Memory for the backward pass: a token's so many numbers, input and thin product."""
-        rank = max(len(each.down) for each in self.layers)
-        return empty((len(x) * (numbers + x.shape[1] + rank),), x)
 
     def small(self, x: Tensor, more: int = 0) -> Tensor:
         """As much as kernels keep of a fake x: a token's root and thin products, and more."""
@@ -302,6 +308,11 @@ class _Attending:
 
     def workspace(self, kernels: Kernels, x: Tensor) -> Tensor:
         return attention_workspace(kernels, self.longest, x)
+
+    def rotated(self, x: Tensor) -> Tensor:
+        """Memory for q and k."""
+        heads = self.heads
+        return empty((len(x) * (heads.heads + heads.kv_heads) * heads.head_dim,), x)
 
 
 def _attending(

@@ -20,6 +20,7 @@ from lorakit.sublayer_protocol import (
     Made,
     Sublayer,
     SublayerKernels,
+    Work,
 )
 from lorakit.testing.exactness import (
     attention_of,
@@ -85,10 +86,12 @@ def _check_feed_forward(
 
     def ours(dx: Tensor | None, *, again: bool) -> tuple[Tensor, list[FactorGradients]]:
         made, out = _made(x, half), torch.empty_like(x)
-        kept = by.feed_forward(x, half, made, out, torch.empty(rows * max(dim, hidden)))
+        work = Work(torch.empty_like(x), outer=torch.empty(rows, hidden))
+        kept = by.feed_forward(x, half, made, out, work)
         if again:
             made.inner.fill_(torch.nan)
-        work = torch.empty(rows * (2 * hidden + dim + 8))
+        dmade, low = torch.empty_like(made.inner), torch.empty(rows * 8)
+        work = Work(torch.empty_like(x), dmade=dmade, low=low)
         return out, by.feed_forward_backward(
             dout, x, half, made, kept, dx, work, again=again
         )  # fmt: skip
@@ -120,11 +123,18 @@ def _check_self_attention(
         made, out, attended = _made(x, half), torch.empty_like(x), torch.empty(rows, widths[0])
         q, k = (torch.empty(longest, n, head_dim, device="meta") for n in (heads, kv_heads))
         workspace = torch.empty(kernels.attention_bytes(q, k), dtype=torch.uint8)
-        work = torch.empty(rows * (dim + sum(widths)))
+        turned = torch.empty(rows * (heads + kv_heads) * head_dim)
+        work = Work(torch.empty_like(x), rotated=turned)
         kept = by.self_attention(x, half, told, made, attended, out, workspace, work)
         if again:
             made.inner.fill_(torch.nan)
-        work = torch.empty(rows * (widths[0] + 2 * sum(widths) + dim + 8))
+        work = Work(
+            torch.empty_like(x),
+            outer=torch.empty_like(attended),
+            dmade=torch.empty_like(made.inner),
+            rotated=turned,
+            low=torch.empty(rows * 8),
+        )
         return out, by.self_attention_backward(
             dout, x, half, told, made, attended, kept, dx, workspace, work, again=again
         )

@@ -7,7 +7,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from lorakit.sublayer_protocol import FactorGradients, Heads, Made, Sublayer
+from lorakit.sublayer_protocol import FactorGradients, Heads, Made, Sublayer, Work
 from lorakit_x86.arguments import layer, places, threads
 
 
@@ -23,7 +23,7 @@ class NativeSublayers:
         self.native, self.units = native, units
 
     def feed_forward(
-        self, x: Tensor, half: Sublayer, made: Made, out: Tensor, work: Tensor
+        self, x: Tensor, half: Sublayer, made: Made, out: Tensor, work: Work
     ) -> Tensor:
         kept = x.new_empty(_small_numbers(x, half))
         given = self._given(x, half, (), made, kept, work)
@@ -38,7 +38,7 @@ class NativeSublayers:
         made: Made,
         kept: Tensor,
         dx: Tensor | None,
-        work: Tensor,
+        work: Work,
         *,
         again: bool,
     ) -> list[FactorGradients]:
@@ -56,7 +56,7 @@ class NativeSublayers:
         attended: Tensor,
         out: Tensor,
         workspace: Tensor,
-        work: Tensor,
+        work: Work,
     ) -> Tensor:
         numbers = _small_numbers(x, half)
         kept = x.new_empty(numbers + heads.heads * len(heads.documents.places))
@@ -76,7 +76,7 @@ class NativeSublayers:
         kept: Tensor,
         dx: Tensor | None,
         workspace: Tensor,
-        work: Tensor,
+        work: Work,
         *,
         again: bool,
     ) -> list[FactorGradients]:
@@ -93,7 +93,7 @@ class NativeSublayers:
         attending: tuple[object, ...],
         made: Made,
         kept: Tensor,
-        work: Tensor,
+        work: Work,
         *,
         again: bool = False,
     ) -> tuple[object, ...]:
@@ -103,8 +103,13 @@ class NativeSublayers:
         )
         whole = half.norm.data_ptr(), half.eps, *x.shape, tuple(inner), outer
         outer_made = 0 if made.outer is None else made.outer.data_ptr()
-        memory = made.inner.data_ptr(), again, outer_made, kept.data_ptr(), work.data_ptr()
+        memory = made.inner.data_ptr(), again, outer_made, kept.data_ptr(), _working(work)
         return (self.units, whole, attending, *memory, *threads())
+
+
+def _working(work: Work) -> tuple[int, ...]:
+    memory = work.input, work.outer, work.dmade, work.rotated, work.low
+    return tuple(0 if each is None else each.data_ptr() for each in memory)
 
 
 def _small_numbers(x: Tensor, half: Sublayer) -> int:

@@ -9,7 +9,7 @@ typedef struct {
   rotation angles;
   attended attending;
   carried kept;
-  float *work;
+  working work;
   machine on;
 } whole;
 
@@ -40,12 +40,13 @@ static int parse_angles(PyObject *given, rotation *angles) {
 }
 
 static int parse_whole(PyObject *given, whole *all) {
-  address made, outer_made, small, work, parallel;
-  PyObject *half, *heads;
+  address made, outer_made, small, parallel, input, outer, dmade, rotated, d_low;
+  PyObject *half, *heads, *work;
   int units;
-  if (!PyArg_ParseTuple(given, "iO!O!KpKKKIK", &units, &PyTuple_Type, &half, &PyTuple_Type, &heads,
-                        &made, &all->kept.again, &outer_made, &small, &work, &all->on.threads,
-                        &parallel) ||
+  if (!PyArg_ParseTuple(given, "iO!O!KpKKO!IK", &units, &PyTuple_Type, &half, &PyTuple_Type, &heads,
+                        &made, &all->kept.again, &outer_made, &small, &PyTuple_Type, &work,
+                        &all->on.threads, &parallel) ||
+      !PyArg_ParseTuple(work, "KKKKK", &input, &outer, &dmade, &rotated, &d_low) ||
       !parse_half(half, &all->half))
     return 0;
   if (PyTuple_Size(heads)) {
@@ -57,7 +58,8 @@ static int parse_whole(PyObject *given, whole *all) {
   all->kept.made = numbers_at(made);
   all->kept.outer_made = numbers_at(outer_made);
   all->kept.small = numbers_at(small);
-  all->work = numbers_at(work);
+  all->work = (working){numbers_at(input), numbers_at(outer), numbers_at(dmade),
+                        numbers_at(rotated), numbers_at(d_low)};
   all->on.multiply = kernels[units].multiply;
   all->on.attention = kernels[units].attention;
   all->on.parallel = (parallel_fn)(uintptr_t)parallel;
@@ -117,23 +119,23 @@ static PyObject *backward(PyObject *args, backward_fn half) {
 }
 
 static int fed(const whole *all, const float *x, float *out) {
-  return feed_forward(&all->half, x, &all->kept, out, all->work, &all->on);
+  return feed_forward(&all->half, x, &all->kept, out, &all->work, &all->on);
 }
 
 static int fed_backward(const whole *all, const float *dout, const float *x, float *dx,
                         const factor_gradients *gradients) {
-  return feed_forward_backward(&all->half, dout, x, &all->kept, dx, gradients, all->work, &all->on);
+  return feed_forward_backward(&all->half, dout, x, &all->kept, dx, gradients, &all->work, &all->on);
 }
 
 static int attending(const whole *all, const float *x, float *out) {
-  return self_attention(&all->half, &all->angles, &all->attending, x, &all->kept, out, all->work,
+  return self_attention(&all->half, &all->angles, &all->attending, x, &all->kept, out, &all->work,
                         &all->on);
 }
 
 static int attending_backward(const whole *all, const float *dout, const float *x, float *dx,
                               const factor_gradients *gradients) {
   return self_attention_backward(&all->half, &all->angles, &all->attending, dout, x, &all->kept, dx,
-                                 gradients, all->work, &all->on);
+                                 gradients, &all->work, &all->on);
 }
 
 PyObject *py_feed_forward(PyObject *self, PyObject *args) {

@@ -101,22 +101,20 @@ static int outer_backward(const sublayer *half, const float *dout, place input, 
                         on->parallel);
 }
 
-/* From the gradients of what the inner layers made, which lie as that does, to the gradient of x; `input` is
-   theirs. */
-static int inner_backward(const sublayer *half, const float *dmade, const float *dout,
-                          const float *x, const carried *kept, float *dx,
-                          const factor_gradients *gradients, const float *input, float *d_low,
-                          const machine *on) {
-  const float *made = kept->made;
+/* From the gradients of what the inner layers made to that of x. */
+static int inner_backward(const sublayer *half, const float *dout, const float *x,
+                          const carried *kept, float *dx, const factor_gradients *gradients,
+                          const working *work, const machine *on) {
+  const float *made = kept->made, *dmade = work->dmade;
   for (long i = 0; i < half->inner_count; i++) {
     const adapted *layer = &half->inner[i];
     const long outputs = layer->outputs;
     if (layer->ratio)
       sum_products(dmade, outputs, made, outputs, half->rows, outputs, gradients->sums[i],
                    on->threads, on->parallel);
-    if (adapt_backward(layer, dmade, outputs, input, half->width, low_of(half, kept, i), d_low, dx,
-                       half->width, i > 0, gradients->down[i], gradients->up[i], on->multiply,
-                       on->threads, on->parallel))
+    if (adapt_backward(layer, dmade, outputs, work->input, half->width, low_of(half, kept, i),
+                       work->d_low, dx, half->width, i > 0, gradients->down[i], gradients->up[i],
+                       on->multiply, on->threads, on->parallel))
       return 1;
     made += half->rows * outputs;
     dmade += half->rows * outputs;
@@ -139,32 +137,30 @@ static void apply_gate(const sublayer *half, const carried *kept, place out, con
        half->outer.inputs, on->threads, on->parallel);
 }
 
-int feed_forward(const sublayer *half, const float *x, const carried *kept, float *out, float *work,
-                 const machine *on) {
-  normalize_input(half, x, kept, work, on);
-  if (make_inner(half, work, kept, on)) return 1;
-  apply_gate(half, kept, (place){work, half->outer.inputs}, on);
-  return add_outer(half, x, work, kept, out, on);
+int feed_forward(const sublayer *half, const float *x, const carried *kept, float *out,
+                 const working *work, const machine *on) {
+  normalize_input(half, x, kept, work->input, on);
+  if (make_inner(half, work->input, kept, on)) return 1;
+  apply_gate(half, kept, (place){work->outer, half->outer.inputs}, on);
+  return add_outer(half, x, work->outer, kept, out, on);
 }
 
 int feed_forward_backward(const sublayer *half, const float *dout, const float *x,
                           const carried *kept, float *dx, const factor_gradients *gradients,
-                          float *work, const machine *on) {
-  const long hidden = half->outer.inputs, rows = half->rows;
-  float *input = work + 2 * hidden * rows, *d_low = input + half->width * rows;
-  normalize_input(half, x, kept, input, on);
-  if (kept->again && make_inner(half, input, kept, on)) return 1;
+                          const working *work, const machine *on) {
+  normalize_input(half, x, kept, work->input, on);
+  if (kept->again && make_inner(half, work->input, kept, on)) return 1;
   place made[2], dmade[2];
   find_gate(half, kept->made, made);
-  find_gate(half, work, dmade);
+  find_gate(half, work->dmade, dmade);
   /* silu(g) u, in whose place comes the gradient of u; that of it lies in the place of g's. */
   const place product = dmade[1], dproduct = dmade[0];
   apply_gate(half, kept, product, on);
-  if (outer_backward(half, dout, product, kept, dproduct, gradients, d_low, on)) return 1;
+  if (outer_backward(half, dout, product, kept, dproduct, gradients, work->d_low, on)) return 1;
   gate_backward(dmade[0].at, dmade[0].stride, dmade[1].at, dmade[1].stride, dproduct.at,
-                dproduct.stride, made[0].at, made[0].stride, made[1].at, made[1].stride, rows, hidden,
-                on->threads, on->parallel);
-  return inner_backward(half, work, dout, x, kept, dx, gradients, input, d_low, on);
+                dproduct.stride, made[0].at, made[0].stride, made[1].at, made[1].stride, half->rows,
+                half->outer.inputs, on->threads, on->parallel);
+  return inner_backward(half, dout, x, kept, dx, gradients, work, on);
 }
 
 enum { Q, K, V };
@@ -201,39 +197,36 @@ static attended attending_rotated(const sublayer *half, const rotation *angles,
 }
 
 int self_attention(const sublayer *half, const rotation *angles, const attended *attending,
-                   const float *x, const carried *kept, float *out, float *work,
+                   const float *x, const carried *kept, float *out, const working *work,
                    const machine *on) {
-  normalize_input(half, x, kept, work, on);
-  if (make_inner(half, work, kept, on)) return 1;
-  float *rotated = work + half->rows * half->width;
-  const attended all = attending_rotated(half, angles, attending, kept, rotated, on);
+  normalize_input(half, x, kept, work->input, on);
+  if (make_inner(half, work->input, kept, on)) return 1;
+  const attended all = attending_rotated(half, angles, attending, kept, work->rotated, on);
   on->attention->attend(&all, on->threads, on->parallel);
   return add_outer(half, x, all.out, kept, out, on);
 }
 
 int self_attention_backward(const sublayer *half, const rotation *angles, const attended *attending,
                             const float *dout, const float *x, const carried *kept, float *dx,
-                            const factor_gradients *gradients, float *work, const machine *on) {
+                            const factor_gradients *gradients, const working *work,
+                            const machine *on) {
   const long q_width = half->outer.inputs, rows = half->rows, head_dim = attending->head_dim;
-  const long k_width = attending->kv_heads * head_dim;
-  float *input = work + (q_width + 2 * k_width) * rows, *d_attended = input + half->width * rows;
-  float *rotated = d_attended + q_width * rows, *d_low = rotated + (q_width + k_width) * rows;
-  normalize_input(half, x, kept, input, on);
-  if (kept->again && make_inner(half, input, kept, on)) return 1;
-  const attended all = attending_rotated(half, angles, attending, kept, rotated, on);
-  if (outer_backward(half, dout, (place){all.out, q_width}, kept, (place){d_attended, q_width},
-                     gradients, d_low, on))
+  normalize_input(half, x, kept, work->input, on);
+  if (kept->again && make_inner(half, work->input, kept, on)) return 1;
+  const attended all = attending_rotated(half, angles, attending, kept, work->rotated, on);
+  if (outer_backward(half, dout, (place){all.out, q_width}, kept, (place){work->outer, q_width},
+                     gradients, work->d_low, on))
     return 1;
   place to[3];
-  find_heads(half, attending, work, to);
+  find_heads(half, attending, work->dmade, to);
   const attention_gradients of_heads = {
-      .dout = d_attended, .dout_stride = q_width, .dq = to[Q].at, .dk = to[K].at, .dv = to[V].at,
+      .dout = work->outer, .dout_stride = q_width, .dq = to[Q].at, .dk = to[K].at, .dv = to[V].at,
       .dq_stride = to[Q].stride, .dk_stride = to[K].stride, .dv_stride = to[V].stride,
   };
   on->attention->attend_backward(&all, &of_heads, on->threads, on->parallel);
   rotate_part(to[Q], to[Q], angles, 1, rows, attending->heads, head_dim, on);
   rotate_part(to[K], to[K], angles, 1, rows, attending->kv_heads, head_dim, on);
-  return inner_backward(half, work, dout, x, kept, dx, gradients, input, d_low, on);
+  return inner_backward(half, dout, x, kept, dx, gradients, work, on);
 }
 
 #endif

@@ -45,17 +45,25 @@ typedef struct {
   float *down[MOST_INNER + 1], *up[MOST_INNER + 1], *sums[MOST_INNER + 1];
 } factor_gradients;
 
-/* out = x + W (silu(g) u), W the outer layer; g and u are made by a layer each, or by one, the numbers of
-   g first.  `work` has room for rows times the larger of the width and g's.  These, too, return 1 where
-   there is not memory enough. */
-int feed_forward(const sublayer *half, const float *x, const carried *kept, float *out, float *work,
-                 const machine *on);
+/* Memory for a call.  Apart, as other tensors of these sizes are, whose memory they may take. */
+typedef struct {
+  float *input;   /* what is normalized [rows, width] */
+  float *outer;   /* the outer layer's input, or its gradient [rows, inputs]; of a feed-forward layer the
+                     forward pass only, of attention the backward pass only */
+  float *dmade;   /* backward: like `made` */
+  float *rotated; /* of attention: q and k, one behind the other */
+  float *d_low;   /* backward: [rows, the largest rank] */
+} working;
 
-/* Given the gradient of out: that of x, unless dx is NULL, and those of the factors.  `work` has room for
-   rows times twice g's width, the width and the largest rank. */
+/* out = x + W (silu(g) u), W the outer layer; g and u are made by a layer each, or by one, the numbers of
+   g first.  These, too, return 1 where there is not memory enough. */
+int feed_forward(const sublayer *half, const float *x, const carried *kept, float *out,
+                 const working *work, const machine *on);
+
+/* Given the gradient of out: that of x, unless dx is NULL, and those of the factors. */
 int feed_forward_backward(const sublayer *half, const float *dout, const float *x,
                           const carried *kept, float *dx, const factor_gradients *gradients,
-                          float *work, const machine *on);
+                          const working *work, const machine *on);
 
 /* Of each token so many numbers apart, the first `half` of each. */
 typedef struct {
@@ -64,15 +72,15 @@ typedef struct {
 } rotation;
 
 /* out = x + W attention(q, k, v): q, k and v are made by a layer each, or by one, in that order; then q and
-   k are rotated.  Where q, k and v are, `attending` does not say; its out is kept.  `work` has room for
-   rows times the width, q's and k's. */
+   k are rotated.  Where q, k and v are, `attending` does not say; its out is kept. */
 int self_attention(const sublayer *half, const rotation *angles, const attended *attending,
-                   const float *x, const carried *kept, float *out, float *work, const machine *on);
+                   const float *x, const carried *kept, float *out, const working *work,
+                   const machine *on);
 
-/* Like `feed_forward_backward`.  `work` has room for rows times three times q's width, twice k's, v's, the
-   width and the largest rank. */
+/* Like `feed_forward_backward`. */
 int self_attention_backward(const sublayer *half, const rotation *angles, const attended *attending,
                             const float *dout, const float *x, const carried *kept, float *dx,
-                            const factor_gradients *gradients, float *work, const machine *on);
+                            const factor_gradients *gradients, const working *work,
+                            const machine *on);
 
 #endif
